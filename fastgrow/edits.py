@@ -76,7 +76,7 @@ class EditBuilder:
     def newborns(self, site: Site) -> Newborns:
         """A site's new units, in the network as grown so far."""
         if not self.rewriting:
-            return Newborns(self.model, self.sites, site, self.units[site.name])
+            return Newborns(self.model, self.sites, site, self.units[site.name], None, self.tensors, self.old)
         return Newborns(self.model, self.sites, site, self.units[site.name], None, _Present(self), dict(self.now))
 
     def add(self, site: Site, start: Start) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,9 +42,7 @@ class Enlargement:
                     f"{tuple(index.shape)}, wanted int64 of shape ({old[dim]},): where each old index goes"
                 )
             maps[dim] = index.detach().cpu()
-            positions = torch.unique(maps[dim])
-            inside = not len(positions) or 0 <= int(positions[0]) <= int(positions[-1]) < new[dim]
-            if len(positions) != old[dim] or not inside:
+            if not _is_injection(maps[dim], new[dim]):
                 raise GrowthError(
                     f"{what}: the index map of dimension {dim} must send its {old[dim]} old indices to "
                     f"different positions below {new[dim]}"
@@ -54,6 +53,11 @@ class Enlargement:
                     f"{what}: dimension {dim} goes from {before} to {after} without an index map; give axes[{dim}]"
                 )
         return cls(old, new, maps)
+
+    @cached_property
+    def starts(self) -> dict[int, int | None]:
+        """Where each map begins that moves all indices by the same amount; None for any other map."""
+        return {dim: _run_start(index) for dim, index in self.axes.items()}
 
     def reduced(self, dims: Iterable[int]) -> Enlargement:
         """For a tensor that has length 1 in these dimensions (a mean with ``keepdim=True``)."""
@@ -108,7 +112,7 @@ class Enlargement:
         """Slices that together cover every new position; where old ones are scattered, the whole tensor."""
         margins = []
         for dim, index in self.axes.items():
-            start, whole = _run_start(index), (slice(None),) * dim
+            start, whole = self.starts[dim], (slice(None),) * dim
             if start is None:
                 return [()]
             margins += [(*whole, slice(0, start))] if start else []
@@ -119,7 +123,7 @@ class Enlargement:
     def _copy(self, result: Tensor, source: Tensor) -> None:
         scattered = []
         for dim, index in self.axes.items():
-            start = _run_start(index)
+            start = self.starts[dim]
             if start is None:
                 scattered.append(dim)
             else:
@@ -150,8 +154,16 @@ class Enlargement:
         return torch.sparse_coo_tensor(torch.stack(rows), dense.place(values), self.new, check_invariants=True)
 
 
+def _is_injection(index: Tensor, length: int) -> bool:
+    """Whether the indices are sent to different positions below `length`."""
+    start = _run_start(index)
+    if start is not None:
+        return 0 <= start <= length - len(index)
+    unique = torch.unique(index)
+    return len(unique) == len(index) and 0 <= int(unique[0]) <= int(unique[-1]) < length
+
+
 def _run_start(index: Tensor) -> int | None:
-    """Where a map begins that moves all indices by the same amount; None for any other map."""
     start = int(index[0]) if len(index) else 0
     return start if torch.equal(index, torch.arange(start, start + len(index), device="cpu")) else None
 

@@ -104,6 +104,8 @@ def index_map(layout: Layout, old: Sizes, new: Sizes) -> Tensor:
 
 def new_positions(layout: Layout, old: Sizes, new: Sizes) -> Tensor:
     """The positions of the grown dimension that hold no old value, ascending: int64."""
+    if isinstance(layout, Leaf):
+        return torch.arange(old[layout.axis], new[layout.axis])
     fresh = torch.ones(size(layout, new), dtype=torch.bool)
     fresh[index_map(layout, old, new)] = False
     return fresh.nonzero().squeeze(1)
@@ -140,6 +142,8 @@ def _unit_labels(layout: Layout, axis: int, sizes: Sizes) -> Tensor:
 
 def unit_positions(layout: Layout, axis: int, sizes: Sizes) -> Tensor:
     """(units, positions of one unit) int64: where each unit lies in the restricted dimension."""
+    if layout == Leaf(axis):
+        return torch.arange(sizes[axis])[:, None]
     labels = _unit_labels(layout, axis, sizes)
     order = torch.argsort(labels, stable=True)
     return order.reshape(sizes[axis], -1)
@@ -147,5 +151,7 @@ def unit_positions(layout: Layout, axis: int, sizes: Sizes) -> Tensor:
 
 def whole_unit_positions(layout: Layout, axis: int, sizes: Sizes) -> Tensor:
     """(units, positions of one unit) int64: where each unit lies in the whole dimension."""
+    if layout == Leaf(axis):
+        return torch.arange(sizes[axis])[:, None]
     own = new_positions(layout, {**sizes, axis: 0}, sizes)
     return own[unit_positions(layout, axis, sizes)]
