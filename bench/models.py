@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from .naive import Pair
 from .rows import Settings
 
-__all__ = ["Case", "cases", "conv_chain", "mlp", "resnet", "transformer", "vgg", "wide_resnet"]
+__all__ = ["Case", "cases", "conv_chain", "gpu_cases", "mlp", "resnet", "transformer", "vgg", "wide_resnet"]
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def cases(settings: Settings) -> list[Case]:
             ),
             Case("MLP 16", lambda: mlp(16, 2), *_batch(settings, 8, 16), _mlp_pairs(2)),
         ]
-    return _gpu_cases(settings) if settings.cuda else _cpu_cases(settings)
+    return gpu_cases(settings) if settings.cuda else _cpu_cases(settings)
 
 
 def _mlp_pairs(depth: int) -> tuple[Pair, ...]:
@@ -265,7 +265,8 @@ def _cpu_cases(settings: Settings) -> list[Case]:
     ]
 
 
-def _gpu_cases(settings: Settings) -> list[Case]:
+def gpu_cases(settings: Settings) -> list[Case]:
+    """The networks of the growth suite in the sizes of one large GPU."""
     widths: list[int | str] = [64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512]
     return [
         Case(

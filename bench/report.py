@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .roofline import H200, predictions
 from .rows import Row, read_rows
 
 __all__ = ["TARGETS", "Target", "render", "write"]
@@ -26,6 +27,7 @@ class Target:
     at_least: bool = True
     value: Callable[[Row], float | None] = lambda row: row.ratio
     unit: str = "x"
+    predicted: str = ""  # the line of `roofline.predictions` that speaks of it
 
     def measured(self, row: Row) -> float | None:
         value = self.value(row)
@@ -68,12 +70,16 @@ def _captured(row: Row) -> float | None:
     return row.more.get("captured")
 
 
-def _gain(what: str, against: str, cpu: float | None, cuda: float | None, chosen: Callable[[Row], bool]) -> Target:
-    return Target(what, against, _of(cpu, cuda), chosen)
+def _gain(
+    what: str, against: str, cpu: float | None, cuda: float | None, chosen: Callable[[Row], bool], predicted: str = ""
+) -> Target:
+    return Target(what, against, _of(cpu, cuda), chosen, predicted=predicted)
 
 
-def _cost(what: str, against: str, cpu: float | None, cuda: float | None, chosen: Callable[[Row], bool]) -> Target:
-    return Target(what, against, _of(cpu, cuda), chosen, at_least=False)
+def _cost(
+    what: str, against: str, cpu: float | None, cuda: float | None, chosen: Callable[[Row], bool], predicted: str = ""
+) -> Target:
+    return Target(what, against, _of(cpu, cuda), chosen, at_least=False, predicted=predicted)
 
 
 _STEP, _COST, _CONV, _RATE = "one training step", "growth cost", "conv growth matrix", "rate-adapted step"
@@ -83,15 +89,15 @@ TARGETS = [
     _gain("growth cost of a GradMax step, widths >= 256, + n/16", "naive", 20, 100, _is(_COST, "naive", "wide")),
     _gain("the same, convolutions", "GroMo", 100, None, _is(_COST, "GroMo", "conv")),
     _gain("the same, linear 2048", "GroMo", 50, None, _is(_COST, "GroMo", "linear")),
-    _cost("the same, + n/16", _STEP, 0.5, 0.25, _is(_COST, "training step", "wide", "n/16")),
-    _cost("the same, + n/4", _STEP, 0.5, 0.25, _is(_COST, "training step", "wide", "n/4")),
+    _cost("the same, + n/16", _STEP, 0.5, 0.25, _is(_COST, "training step", "wide", "n/16"), "growth n/16"),
+    _cost("the same, + n/4", _STEP, 0.5, 0.25, _is(_COST, "training step", "wide", "n/4"), "growth n/4"),
     _cost("the same, residual streams too", _STEP, 0.5, 0.25, _is(_COST, "training step", "streams", "n/16")),
-    _gain("exact conv growth matrix, maps >= 28 x 28", _UNFOLD, 3, 3, _is(_CONV, "unfold", "large map")),
-    _gain("the same, smaller maps", _UNFOLD, 1.5, 1.5, _is(_CONV, "unfold", "small map")),
-    _cost("the same, maps >= 28 x 28", _AUXILIARY, 2, 2, _is(_CONV, "weight gradient", "large map")),
-    _cost("the same, smaller maps", _AUXILIARY, 3, 3, _is(_CONV, "weight gradient", "small map")),
+    _gain("exact conv growth matrix, maps >= 28 x 28", _UNFOLD, 3, 3, _is(_CONV, "unfold", "large map"), "unfold"),
+    _gain("the same, smaller maps", _UNFOLD, 1.5, 1.5, _is(_CONV, "unfold", "small map"), "unfold"),
+    _cost("the same, maps >= 28 x 28", _AUXILIARY, 2, 2, _is(_CONV, "weight gradient", "large map"), "auxiliary"),
+    _cost("the same, smaller maps", _AUXILIARY, 3, 3, _is(_CONV, "weight gradient", "small map"), "auxiliary"),
     _gain("implicit-GEMM kernel alone", "the measured matmul peak", None, 0.6, _is("implicit GEMM kernel")),
-    _gain("directions of all sites", _SVD, 20, 100, _is("directions", "loop")),
+    _gain("directions of all sites", _SVD, 20, 100, _is("directions", "loop"), "directions"),
     _gain("directions of all sites, matrix-free", _SVD, 20, 100, _is("directions, matrix-free", "loop")),
     Target(
         "captured norm (the true one)",
@@ -108,11 +114,19 @@ TARGETS = [
         _is("NAGN", "training step without"),
         at_least=False,
         value=_paired,
+        predicted="nagn",
     ),
     _cost("sum of squares", f"`{_NORM}`", 1.05, None, _is("sum of squares", _NORM, "large")),
-    _gain("sum of squares", "copy bandwidth", None, 0.9, _is("sum of squares", "copy bandwidth", "large")),
+    _gain(
+        "sum of squares",
+        "copy bandwidth",
+        None,
+        0.9,
+        _is("sum of squares", "copy bandwidth", "large"),
+        "sum",
+    ),
     _cost("rate-adapted SGD / Adam step", "`torch.optim` foreach", 1.2, 1.1, _is(_RATE, group="foreach")),
-    _cost("the same", "`torch.optim` fused", 1.2, 1.1, _is(_RATE, group="fused")),
+    _cost("the same", "`torch.optim` fused", 1.2, 1.1, _is(_RATE, group="fused"), "rate-adapted"),
     _cost("peak memory of a growth step", "of a training step", 1.2, 1.1, _is("peak memory", "training")),
 ]
 _KINDS = {"cpu": "CPU", "cuda": "GPU"}
@@ -143,6 +157,14 @@ def _cell(target: Target, rows: Sequence[Row], kind: str) -> str:
         off = bound / worst if target.at_least else worst / bound
         verdict = f"**missed** by {_figure(off)}x at worst, {sum(met)} of {len(met)} rows met"
     return f"{target.text(kind)}: {shown}{target.unit}, {verdict}"
+
+
+def _predicted(target: Target) -> str:
+    if not target.predicted:
+        return "–"
+    least, most = predictions()[target.predicted]
+    shown = _figure(least) if least == most else f"{_figure(least)} to {_figure(most)}"
+    return f"{shown}{target.unit}"
 
 
 def _losses(rows: Sequence[Row]) -> list[tuple[float, Target, Row, float]]:
@@ -220,13 +242,16 @@ def render(rows: Sequence[Row]) -> str:
         "From the worst row to the best; ≥: how many times less ours takes than the baseline, ≤: how many",
         "times the baseline's it takes.",
         "",
-        "| what | against | CPU | GPU |",
-        "|---|---|---|---|",
+        f"GPU, predicted: floors of FLOPs and bytes at the rates of one {H200.name} (`bench/roofline.py`), without",
+        "launches or anything that runs below them; a prediction, not a measurement.",
+        "",
+        "| what | against | CPU | GPU | GPU, predicted |",
+        "|---|---|---|---|---|",
     ]
     by_kind = {kind: [row for row in rows if row.kind == kind] for kind in _KINDS}
     for target in TARGETS:
         cells = [_cell(target, by_kind[kind], kind) for kind in _KINDS]
-        lines.append(f"| {target.what} | {target.against} | {cells[0]} | {cells[1]} |")
+        lines.append(f"| {target.what} | {target.against} | {cells[0]} | {cells[1]} | {_predicted(target)} |")
     lines += ["", "## Where we lose", ""]
     missed = _losses(rows)
     if not rows:

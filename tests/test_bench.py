@@ -21,6 +21,7 @@ from bench.directions import captured_norm
 from bench.measure import Timing, Variant, compare, compare_ops, paired_ratio, peak_bytes
 from bench.models import cases, vgg, vgg_pairs
 from bench.ops import auxiliary_gradient, unfolded
+from bench.roofline import predictions
 from bench.rows import Row, Settings, read_rows, write_rows
 from fastgrow.ops import ConvGeometry
 
@@ -227,7 +228,7 @@ def test_report_tells_met_from_missed() -> None:
     lines = page.splitlines()
     (naively,) = (line for line in lines if line.startswith("| growth cost of a GradMax step"))
     assert "10 to 40x, **missed** by 2x at worst, 1 of 2 rows met" in naively
-    assert naively.endswith("| ≥ 100x: not measured |")
+    assert naively.endswith("| ≥ 100x: not measured | – |")
     (stepwise,) = (line for line in lines if line.startswith("| the same, + n/16"))
     assert "≤ 0.5x: 0.25x, **met**" in stepwise
     assert "≤ 0.25x: 1.25x, **missed** by 5x at worst" in stepwise
@@ -280,3 +281,15 @@ def test_choices_that_cannot_be_met_are_refused(capsys: pytest.CaptureFixture[st
         assert "no GPU" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--rounds", "1"])
+
+
+# -- predictions ----------------------------------------------------------------------------------------
+
+
+def test_floors_predict_the_lines_of_the_targets() -> None:
+    """25 taps for 81; reading a gradient once more costs more than nothing; more units cost more."""
+    found = predictions()
+    assert {target.predicted for target in report.TARGETS} - {""} == set(found)
+    assert found["unfold"] == pytest.approx((81 / 25, 81 / 25))
+    assert 1 < found["nagn"][0] < found["nagn"][1] < 2
+    assert all(more > less > 0 for less, more in zip(found["growth n/16"], found["growth n/4"], strict=True))
