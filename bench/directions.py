@@ -101,7 +101,7 @@ def _with_spectrum(sides: Sequence[int], power: float, device: torch.device) -> 
 
 def _problems(settings: Settings) -> Iterator[Problem]:
     for case in cases(settings):
-        if case.name.startswith(("conv", "ResNet", "MLP")):
+        if case.naive and case.name.startswith(("conv", "ResNet", "MLP")):
             problem = _of_network(case, settings)
             if problem.matrices:
                 yield problem

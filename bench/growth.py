@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastgrow as fg
 
@@ -20,6 +20,7 @@ from .rows import Row, Settings
 
 __all__ = ["Trained", "grown", "prepared", "run", "step"]
 
+_WIDE = 256  # the width from which the targets speak
 _FRACTIONS = {"n/16": 1 / 16, "n/4": 1 / 4}
 _WARMUP = 1
 _GROWS_AT = 3  # the first step fills the optimizer's state, the second is the unarmed one
@@ -75,10 +76,10 @@ def grown(trained: Trained) -> None:
         raise RuntimeError(f"{trained.case.name}: the armed step did not grow")
 
 
-def naive_step(trained: Trained, units: dict[str, int]) -> None:
-    """The same step the naive way."""
+def naive_step(trained: Trained, units: dict[str, int], loss: Callable[[nn.Module], Tensor] | None = None) -> None:
+    """The same step the naive way; loss: the case's, as torch.compile makes it."""
     with naive.auxiliary_layers(trained.model, trained.case.pairs) as layers:
-        trained.case.loss(trained.model).backward()
+        (loss or trained.case.loss)(trained.model).backward()
     trained.optimizer.step()
     naive.grow(trained.model, layers, units, trained.optimizer)
     trained.optimizer.zero_grad()
@@ -91,13 +92,26 @@ def run(settings: Settings) -> Iterator[Row]:
         started = time.perf_counter()
         everywhere = fg.find_sites(model, case.x)
         found = (time.perf_counter() - started) * 1000
-        chain = fg.find_sites(model, case.x, include=[pair.producer for pair in case.pairs])
         for label, fraction in _FRACTIONS.items():
-            yield from _case(settings, case, model, chain, label, fraction, found)
-            if len(everywhere) > len(chain):
+            for part in _parts(case, model):
+                chain = fg.find_sites(model, case.x, include=[pair.producer for pair in part.pairs])
+                yield from _case(settings, part, model, chain, label, fraction, found)
+            if len(everywhere) > len(case.pairs):
                 yield from _everywhere(settings, case, model, everywhere, label, fraction)
     if gromo_installed():
         yield from _gromo(settings)
+
+
+def _parts(case: Case, model: nn.Module) -> list[Case]:
+    """The sites that the naive way can grow: the wide ones, of the targets, and all where some are narrower."""
+    wide = tuple(pair for pair in case.pairs if _width(model, pair) >= _WIDE)
+    return [case] if len(wide) in (0, len(case.pairs)) else [replace(case, pairs=wide), case]
+
+
+def _width(model: nn.Module, pair: naive.Pair) -> int:
+    weight = model.get_submodule(pair.producer).weight
+    assert isinstance(weight, Tensor)
+    return len(weight)
 
 
 def _units(model: nn.Module, sites: fg.Sites, fraction: float) -> dict[str, int]:
@@ -125,6 +139,8 @@ def _case(
             lambda _: prepared(case, model, sites, fraction),
             most=settings.times(case.naive),
         )
+    if "naive" in variants and case.compiled:
+        variants["naive, torch.compile"] = _compiled(variants["naive"], case, units)
     timings = compare(variants, settings.device, settings.times(settings.rounds), _WARMUP)
     cost = timings["armed"].minus(timings["step"])
     state = armed(case, model, sites, fraction)
@@ -138,11 +154,19 @@ def _case(
         "widen_ms": ending.p50,
         "find_sites_ms": found,
     }
-    group = "wide" if max(sites.widths(model).values()) >= 256 else "narrow"
+    group = "wide" if min(sites.widths(model).values()) >= _WIDE else "narrow"
     yield settings.row("growth cost", shape, "training step", cost, timings["step"], peak=peak, group=group, **more)
-    if "naive" in timings:
-        other = timings["naive"].minus(timings["step"])
-        yield settings.row("growth cost", shape, "naive", cost, other, peak=peak, group=group, **more)
+    for name in ("naive", "naive, torch.compile"):
+        if name in timings:
+            other = timings[name].minus(timings["step"])
+            yield settings.row("growth cost", shape, name, cost, other, peak=peak, group=group, **more)
+
+
+def _compiled(plain: Variant, case: Case, units: dict[str, int]) -> Variant:
+    """The naive step with its forward and backward pass compiled before the clock starts."""
+    loss = torch.compile(case.loss)
+    naive_step(plain.prepare(0), units, loss)
+    return Variant(lambda state: naive_step(state, units, loss), plain.prepare, most=plain.most)
 
 
 def _in_parts(trained: Trained) -> tuple[float, float]:

@@ -12,14 +12,15 @@ from torch.nn import functional as F
 from .naive import Pair
 from .rows import Settings
 
-__all__ = ["Case", "cases", "conv_chain", "gpu_cases", "mlp", "resnet", "transformer", "vgg", "wide_resnet"]
+__all__ = ["Case", "cases", "conv_chain", "gpu_cases", "mlp", "resnet", "resnet50", "transformer", "vgg", "wide_resnet"]
 
 
 @dataclass(frozen=True)
 class Case:
     """A network with a batch. pairs: the sites that every method can grow, in the naive way's terms.
 
-    naive: rounds that the naive way takes part in; 0 where its SVDs would take the whole run.
+    naive: rounds that the naive way takes part in; 0 where its SVDs would take the whole run. compiled: it takes part
+    under torch.compile too.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Case:
     y: Tensor
     pairs: tuple[Pair, ...]
     naive: int = 1
+    compiled: bool = False
 
     def loss(self, model: nn.Module) -> Tensor:
         return F.cross_entropy(model(self.x), self.y)
@@ -102,6 +104,31 @@ class WideBlock(nn.Module):
         return out + (x if self.shortcut is None else self.shortcut(active))
 
 
+class Bottleneck(nn.Module):
+    """ResNet's block of 1 x 1, 3 x 3 and 1 x 1 convolutions, four times as wide outside as inside."""
+
+    def __init__(self, before: int, width: int, stride: int) -> None:
+        super().__init__()
+        outside = 4 * width
+        self.conv1 = nn.Conv2d(before, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.relu2 = nn.ReLU(inplace=True)
+        self.conv3 = nn.Conv2d(width, outside, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outside)
+        self.relu3 = nn.ReLU(inplace=True)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or before != outside:
+            self.shortcut = nn.Sequential(nn.Conv2d(before, outside, 1, stride, bias=False), nn.BatchNorm2d(outside))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu1(self.bn1(self.conv1(x)))
+        out = self.bn3(self.conv3(self.relu2(self.bn2(self.conv2(out)))))
+        return self.relu3(out + self.shortcut(x))
+
+
 def _stages(block: type[BasicBlock] | type[WideBlock], stem: int, widths: list[int], depth: int) -> nn.Module:
     stages, before = [], stem
     for number, width in enumerate(widths):
@@ -124,6 +151,26 @@ def resnet(widths: list[int], depth: int = 2, classes: int = 10) -> nn.Sequentia
     )
 
 
+def resnet50(depths: tuple[int, ...] = (3, 4, 6, 3), width: int = 64, classes: int = 10) -> nn.Sequential:
+    """ResNet with bottleneck blocks and the 7 x 7 stem of large images; these depths are ResNet-50."""
+    blocks, before = [], width
+    for number, depth in enumerate(depths):
+        inside = width << number
+        for place in range(depth):
+            blocks.append(Bottleneck(before, inside, 2 if place == 0 and number > 0 else 1))
+            before = 4 * inside
+    return nn.Sequential(
+        nn.Conv2d(3, width, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(3, 2, 1),
+        nn.Sequential(*blocks),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(before, classes),
+    )
+
+
 def wide_resnet(widths: list[int], depth: int, classes: int = 10) -> nn.Sequential:
     """WRN: a stem of 16 channels, `depth` pre-activation blocks a stage."""
     return nn.Sequential(
@@ -141,6 +188,11 @@ def _block_pairs(prefix: str, count: int, norm: str) -> tuple[Pair, ...]:
     """The sites inside residual blocks; the naive way has no answer for the streams between them."""
     names = [f"{prefix}.{i}" for i in range(count)]
     return tuple(Pair(f"{name}.conv1", f"{name}.conv2", norm=f"{name}.{norm}") for name in names)
+
+
+def _bottleneck_pairs(count: int) -> tuple[Pair, ...]:
+    names = [f"4.{i}" for i in range(count)]
+    return tuple(Pair(f"{name}.conv{i}", f"{name}.conv{i + 1}", norm=f"{name}.bn{i}") for name in names for i in (1, 2))
 
 
 def mlp(width: int, depth: int, classes: int = 10) -> nn.Sequential:
@@ -236,6 +288,7 @@ def _cpu_cases(settings: Settings) -> list[Case]:
             lambda: conv_chain(256),
             *_batch(settings, 32, 3, 16, 16),
             vgg_pairs([256] * 3),
+            compiled=True,
         ),
         Case(
             "VGG-11-like 64-256, b32",
@@ -250,12 +303,19 @@ def _cpu_cases(settings: Settings) -> list[Case]:
             _block_pairs("3", 8, "bn1"),
         ),
         Case(
+            "ResNet-50, 64x64, b8",
+            resnet50,
+            *_batch(settings, 8, 3, 64, 64),
+            _bottleneck_pairs(16),
+            naive=0,
+        ),
+        Case(
             "WRN-10-4, b16",
             lambda: wide_resnet([64, 128, 256], 1),
             *_batch(settings, 16, 3, 32, 32),
             _block_pairs("1", 3, "bn2"),
         ),
-        Case("MLP 2048, b512", lambda: mlp(2048, 3), *_batch(settings, 512, 2048), _mlp_pairs(3)),
+        Case("MLP 2048, b512", lambda: mlp(2048, 3), *_batch(settings, 512, 2048), _mlp_pairs(3), compiled=True),
         Case(
             "ViT-B block x2, b8x64",
             lambda: transformer(768, 12, 2),
@@ -274,6 +334,7 @@ def gpu_cases(settings: Settings) -> list[Case]:
             lambda: conv_chain(256),
             *_batch(settings, 128, 3, 16, 16),
             vgg_pairs([256] * 3),
+            compiled=True,
         ),
         Case("VGG-11, b128", lambda: vgg(widths), *_batch(settings, 128, 3, 32, 32), vgg_pairs(widths)),
         Case(
@@ -283,13 +344,20 @@ def gpu_cases(settings: Settings) -> list[Case]:
             _block_pairs("3", 8, "bn1"),
         ),
         Case(
+            "ResNet-50, 224x224, b64",
+            resnet50,
+            *_batch(settings, 64, 3, 224, 224),
+            _bottleneck_pairs(16),
+            naive=0,
+        ),
+        Case(
             "WRN-28-10, b128",
             lambda: wide_resnet([160, 320, 640], 4),
             *_batch(settings, 128, 3, 32, 32),
             _block_pairs("1", 12, "bn2"),
             naive=0,
         ),
-        Case("MLP 2048, b512", lambda: mlp(2048, 3), *_batch(settings, 512, 2048), _mlp_pairs(3)),
+        Case("MLP 2048, b512", lambda: mlp(2048, 3), *_batch(settings, 512, 2048), _mlp_pairs(3), compiled=True),
         Case(
             "ViT-B, b64x197",
             lambda: transformer(768, 12, 12),

@@ -48,31 +48,34 @@ class Auxiliary:
         producer, consumer = model.get_submodule(pair.producer), model.get_submodule(pair.consumer)
         if isinstance(producer, nn.Linear):
             assert isinstance(consumer, nn.Linear)
-            return cls(pair, producer.weight.new_zeros(consumer.out_features, producer.in_features))
+            return cls(pair, _zeros(producer.weight, consumer.out_features, producer.in_features))
         assert isinstance(producer, nn.Conv2d)
         k1, s1, p1 = producer.kernel_size[0], producer.stride[0], int(producer.padding[0])
         if pair.averaged:
             assert isinstance(consumer, nn.Linear)
-            zero = producer.weight.new_zeros(consumer.out_features, producer.in_channels, k1, k1)
+            zero = _zeros(producer.weight, consumer.out_features, producer.in_channels, k1, k1)
             return cls(pair, zero, s1, p1)
         assert isinstance(consumer, nn.Conv2d)
         k2, s2, p2 = consumer.kernel_size[0], consumer.stride[0], int(consumer.padding[0])
         # Max pooling of an all-zero map routes to the first element of each window: a stride.
         apart = s1 * pair.pool
         side = apart * (k2 - 1) + k1
-        zero = producer.weight.new_zeros(consumer.out_channels, producer.in_channels, side, side)
+        zero = _zeros(producer.weight, consumer.out_channels, producer.in_channels, side, side)
         return cls(pair, zero, apart * s2, apart * p2 + p1)
 
     def __call__(self, output: Tensor) -> Tensor:
         """The consumer's output, with the auxiliary layer's zeros added."""
         assert self.input is not None
-        self.weight.requires_grad_()
         if self.weight.dim() == 2:
             return output + F.linear(self.input, self.weight)
         extra = F.conv2d(self.input, self.weight, stride=self.stride, padding=self.padding)
         if self.pair.averaged:
             return output + extra.mean((2, 3))
         return output + extra[..., : output.shape[2], : output.shape[3]]
+
+
+def _zeros(like: Tensor, *shape: int) -> Tensor:
+    return like.new_zeros(shape, requires_grad=True)
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ _THEIRS: dict[str, dict[str, _Build]] = {
 
 def run(settings: Settings) -> Iterator[Row]:
     for case in cases(settings):
-        if not case.name.startswith(("ResNet", "MLP")):
+        if not case.name.startswith(("ResNet-18", "ResNet-like", "MLP")):
             continue
         torch.manual_seed(0)
         seed = case.build().to(settings.device)

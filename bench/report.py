@@ -90,7 +90,9 @@ TARGETS = [
     _gain("the same, convolutions", "GroMo", 100, None, _is(_COST, "GroMo", "conv")),
     _gain("the same, linear 2048", "GroMo", 50, None, _is(_COST, "GroMo", "linear")),
     _cost("the same, + n/16", _STEP, 0.5, 0.25, _is(_COST, "training step", "wide", "n/16"), "growth n/16"),
-    _cost("the same, + n/4", _STEP, 0.5, 0.25, _is(_COST, "training step", "wide", "n/4"), "growth n/4"),
+    _cost("the same, + n/4", _STEP, None, None, _is(_COST, "training step", "wide", "n/4"), "growth n/4"),
+    _gain("the same, narrower sites too, + n/16", "naive", None, None, _is(_COST, "naive", "narrow")),
+    _cost("the same, narrower sites too, + n/16", _STEP, None, None, _is(_COST, "training step", "narrow", "n/16")),
     _cost("the same, residual streams too", _STEP, 0.5, 0.25, _is(_COST, "training step", "streams", "n/16")),
     _gain("exact conv growth matrix, maps >= 28 x 28", _UNFOLD, 3, 3, _is(_CONV, "unfold", "large map"), "unfold"),
     _gain("the same, smaller maps", _UNFOLD, 1.5, 1.5, _is(_CONV, "unfold", "small map"), "unfold"),
@@ -142,14 +144,14 @@ def _cell(target: Target, rows: Sequence[Row], kind: str) -> str:
     """Target, worst and best of what was measured, and the verdict on the worst."""
     bound = target.bounds[kind]
     values = [v for row in rows if target.chosen(row) if (v := target.measured(row)) is not None]
-    if bound is None:
-        return "–"
     if not values:
-        return f"{target.text(kind)}: not measured"
+        return "–" if bound is None else f"{target.text(kind)}: not measured"
     worst, best = min(values), max(values)
     if not target.at_least:
         worst, best = best, worst
     shown = _figure(worst) if len(values) == 1 else f"{_figure(worst)} to {_figure(best)}"
+    if bound is None:
+        return f"no target: {shown}{target.unit}"
     met = [target.reached(value, bound) for value in values]
     if all(met):
         verdict = "**met**"
