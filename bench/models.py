@@ -12,7 +12,20 @@ from torch.nn import functional as F
 from .naive import Pair
 from .rows import Settings
 
-__all__ = ["Case", "cases", "conv_chain", "gpu_cases", "mlp", "resnet", "resnet50", "transformer", "vgg", "wide_resnet"]
+__all__ = [
+    "Case",
+    "cases",
+    "conv_chain",
+    "gpu_cases",
+    "mlp",
+    "mlp_pairs",
+    "resnet",
+    "resnet50",
+    "transformer",
+    "vgg",
+    "vgg_pairs",
+    "wide_resnet",
+]
 
 
 @dataclass(frozen=True)
@@ -267,12 +280,12 @@ def cases(settings: Settings) -> list[Case]:
                 *_batch(settings, 4, 3, 8, 8),
                 _block_pairs("3", 2, "bn1"),
             ),
-            Case("MLP 16", lambda: mlp(16, 2), *_batch(settings, 8, 16), _mlp_pairs(2)),
+            Case("MLP 16", lambda: mlp(16, 2), *_batch(settings, 8, 16), mlp_pairs(2)),
         ]
     return gpu_cases(settings) if settings.cuda else _cpu_cases(settings)
 
 
-def _mlp_pairs(depth: int) -> tuple[Pair, ...]:
+def mlp_pairs(depth: int) -> tuple[Pair, ...]:
     return tuple(Pair(str(2 * i), str(2 * i + 2)) for i in range(depth))
 
 
@@ -315,7 +328,7 @@ def _cpu_cases(settings: Settings) -> list[Case]:
             *_batch(settings, 16, 3, 32, 32),
             _block_pairs("1", 3, "bn2"),
         ),
-        Case("MLP 2048, b512", lambda: mlp(2048, 3), *_batch(settings, 512, 2048), _mlp_pairs(3), compiled=True),
+        Case("MLP 2048, b512", lambda: mlp(2048, 3), *_batch(settings, 512, 2048), mlp_pairs(3), compiled=True),
         Case(
             "ViT-B block x2, b8x64",
             lambda: transformer(768, 12, 2),
@@ -357,7 +370,7 @@ def gpu_cases(settings: Settings) -> list[Case]:
             _block_pairs("1", 12, "bn2"),
             naive=0,
         ),
-        Case("MLP 2048, b512", lambda: mlp(2048, 3), *_batch(settings, 512, 2048), _mlp_pairs(3), compiled=True),
+        Case("MLP 2048, b512", lambda: mlp(2048, 3), *_batch(settings, 512, 2048), mlp_pairs(3), compiled=True),
         Case(
             "ViT-B, b64x197",
             lambda: transformer(768, 12, 12),

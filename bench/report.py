@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import curves
 from .roofline import H200, predictions
 from .rows import Row, read_rows
 
@@ -228,8 +229,8 @@ def _conditions(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def render(rows: Sequence[Row]) -> str:
-    """The whole page; the same rows give the same text."""
+def render(rows: Sequence[Row], picture: str | None = None) -> str:
+    """The whole page; the same rows give the same text. picture: of the growth costs."""
     lines = [
         "# Performance",
         "",
@@ -254,6 +255,8 @@ def render(rows: Sequence[Row]) -> str:
     for target in TARGETS:
         cells = [_cell(target, by_kind[kind], kind) for kind in _KINDS]
         lines.append(f"| {target.what} | {target.against} | {cells[0]} | {cells[1]} | {_predicted(target)} |")
+    if picture is not None:
+        lines += ["", "## Width, batch, depth", "", f"![growth cost over a training step]({picture})"]
     lines += ["", "## Where we lose", ""]
     missed = _losses(rows)
     if not rows:
@@ -280,6 +283,9 @@ def render(rows: Sequence[Row]) -> str:
 
 
 def write(results: Path, page: Path) -> None:
-    """Render the rows of a folder into a page."""
+    """Render the rows of a folder into a page, and their curves into a picture beside it."""
+    rows = read_rows(results)
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(render(read_rows(results)))
+    picture = page.with_name("growth_cost.svg")
+    drawn = curves.draw(rows, picture)
+    page.write_text(render(rows, picture.name if drawn else None))

@@ -293,3 +293,14 @@ def test_floors_predict_the_lines_of_the_targets() -> None:
     assert found["unfold"] == pytest.approx((81 / 25, 81 / 25))
     assert 1 < found["nagn"][0] < found["nagn"][1] < 2
     assert all(more > less > 0 for less, more in zip(found["growth n/16"], found["growth n/4"], strict=True))
+
+
+def test_curves_are_drawn_beside_the_page(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert main(["--suite", "curves", "--quick", "--out", str(tmp_path)]) == 0
+    page = tmp_path / "performance.md"
+    assert main(["report", "--out", str(tmp_path), "--docs", str(page)]) == 0
+    picture = (tmp_path / "growth_cost.svg").read_text()
+    assert "(growth_cost.svg)" in page.read_text()
+    assert main(["report", "--out", str(tmp_path), "--docs", str(page)]) == 0
+    assert (tmp_path / "growth_cost.svg").read_text() == picture
