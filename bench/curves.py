@@ -19,6 +19,7 @@ from .rows import Row, Settings
 __all__ = ["draw", "run"]
 
 BENCHMARK = "growth cost by "
+_NAIVE = ", naive"
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
     import matplotlib
     from matplotlib.figure import Figure
 
+    networks = list(dict.fromkeys(f"{row.more['kind']}, {row.kind}" for row in own))
     varied = list(dict.fromkeys(row.benchmark for row in own))
     figure = Figure(figsize=(4 * len(varied), 3.4), layout="constrained")
     panels = figure.subplots(1, len(varied), squeeze=False, sharey=True)[0]
@@ -104,12 +106,17 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
         for row in own:
             if row.benchmark == benchmark:
                 ours = row.baseline == "training step"
-                name = f"{row.more['kind']}, {row.kind}" + ("" if ours else ", naive")
+                name = f"{row.more['kind']}, {row.kind}" + ("" if ours else _NAIVE)
                 spent = (row.ours_ms if ours else row.baseline_ms) or 0.0
                 lines.setdefault(name, []).append((row.more["at"], spent / row.more["step_ms"]))
         for name, points in lines.items():
-            axes.plot(*zip(*points, strict=True), "--x" if name.endswith("naive") else "-o", label=name)
+            places, costs = zip(*points, strict=True)
+            colour = f"C{networks.index(name.removesuffix(_NAIVE))}"
+            axes.plot(places, costs, "--x" if name.endswith(_NAIVE) else "-o", color=colour, label=name)
         axes.set(xscale="log", yscale="log", xlabel=benchmark.removeprefix(BENCHMARK))
+        places = sorted({row.more["at"] for row in own if row.benchmark == benchmark})
+        axes.set_xticks(places, [str(place) for place in places], fontsize="small", rotation=60)
+        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         axes.grid(True, which="both", alpha=0.2)
     panels[0].set_ylabel("growth cost / training step")
     panels[0].legend(fontsize="small")

@@ -15,21 +15,27 @@ from fastgrow.operators import ConvPair, LinearMap, LinearPair
 from fastgrow.ops import ConvGeometry, Directions
 from fastgrow.solve import solve
 
+from . import recorded
+from .capture import factors
 from .measure import Variant, compare, peak_bytes
 from .models import Case, cases
 from .rows import Row, Settings
 
-__all__ = ["Problem", "captured_norm", "factors", "run"]
+__all__ = ["Problem", "captured_norm", "run"]
 
 
 @dataclass
 class Problem:
-    """Matrices of one growth step, how many directions each gets, and the maps they come from."""
+    """Matrices of one growth step, how many directions each gets, and the maps they come from.
+
+    benchmark: the name of its rows; recorded sites are too small for the targets to speak of.
+    """
 
     name: str
     matrices: list[Tensor]
     ranks: list[int]
     maps: Callable[[], list[LinearMap]] | None = None
+    benchmark: str = "directions"
 
 
 def captured_norm(matrix: Tensor, left: Tensor, values: Tensor) -> float:
@@ -37,30 +43,6 @@ def captured_norm(matrix: Tensor, left: Tensor, values: Tensor) -> float:
     basis = torch.linalg.qr(left.double()).Q
     best = values[: left.shape[1]].double().square().sum()
     return float(((basis.mT @ matrix.double()).square().sum() / best).sqrt())
-
-
-def factors(case: Case, model: nn.Module) -> list[tuple[nn.Module, nn.Module, Tensor, Tensor]]:
-    """(producer, consumer, h, dz) of the pairs between which nothing lies but an activation (and norms)."""
-    held: list[tuple[nn.Module, nn.Module, list[Tensor], list[Tensor]]] = []
-    handles = []
-    for pair in case.pairs:
-        if pair.pool > 1 or pair.averaged:
-            continue
-        h: list[Tensor] = []
-        dz: list[Tensor] = []
-        producer, consumer = model.get_submodule(pair.producer), model.get_submodule(pair.consumer)
-        handles.append(producer.register_forward_pre_hook(lambda m, args, h=h: h.append(args[0].detach())))
-        handles.append(
-            consumer.register_forward_hook(
-                lambda m, args, out, dz=dz: out.register_hook(lambda g: dz.append(g.detach())) and None
-            )
-        )
-        held.append((producer, consumer, h, dz))
-    case.loss(model).backward()
-    for handle in handles:
-        handle.remove()
-    model.zero_grad()
-    return [(producer, consumer, h[0], dz[0]) for producer, consumer, h, dz in held]
 
 
 def _of_network(case: Case, settings: Settings) -> Problem:
@@ -113,6 +95,12 @@ def _problems(settings: Settings) -> Iterator[Problem]:
     generator = torch.Generator().manual_seed(0)
     flat = torch.randn(side, side, generator=generator).to(settings.device)
     yield Problem(f"flat gaussian, {side}", [flat], [max(1, side // 64)])
+    for site in recorded.load():
+        kept = site.to(settings.device)
+        name = f"{kept.name}, {'x'.join(map(str, kept.h.shape))}"
+        yield Problem(
+            name, [kept.matrix()], [max(1, kept.width // 8)], lambda kept=kept: [kept.map()], "recorded directions"
+        )
 
 
 def _baselines(problem: Problem) -> dict[str, Callable[[], list[Tensor]]]:
@@ -163,7 +151,7 @@ def _measured(settings: Settings, problem: Problem) -> Iterator[Row]:
     for name, function in baselines.items():
         theirs = 1.0 if name == loop else least(function())
         yield settings.row(
-            "directions",
+            problem.benchmark,
             shape,
             name,
             timings["ours"],
@@ -175,7 +163,7 @@ def _measured(settings: Settings, problem: Problem) -> Iterator[Row]:
     if maps is not None:
         found = free()
         yield settings.row(
-            "directions, matrix-free",
+            f"{problem.benchmark}, matrix-free",
             shape,
             loop,
             timings["matrix-free"],

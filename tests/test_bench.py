@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastgrow as fg
-from bench import measure, naive, report
+from bench import measure, naive, recorded, report
 from bench.__main__ import SUITES, main
 from bench.directions import captured_norm
 from bench.measure import Timing, Variant, compare, compare_ops, paired_ratio, peak_bytes
@@ -24,6 +24,7 @@ from bench.ops import auxiliary_gradient, unfolded
 from bench.roofline import predictions
 from bench.rows import Row, Settings, read_rows, write_rows
 from fastgrow.ops import ConvGeometry
+from fastgrow.solve import solve
 
 CPU = torch.device("cpu")
 
@@ -304,3 +305,29 @@ def test_curves_are_drawn_beside_the_page(tmp_path: Path) -> None:
     assert "(growth_cost.svg)" in page.read_text()
     assert main(["report", "--out", str(tmp_path), "--docs", str(page)]) == 0
     assert (tmp_path / "growth_cost.svg").read_text() == picture
+
+
+# -- recorded sites -------------------------------------------------------------------------------------
+
+
+def test_recorded_sites_are_solved_to_the_optimum() -> None:
+    sites = recorded.load()
+    kinds = ("attention", "conv", "linear")
+    assert [site.name for site in sites] == [f"{kind}-{when}" for kind in kinds for when in ("early", "late")]
+    for site in sites:
+        matrix, k = site.matrix(), max(1, site.width // 8)
+        values = torch.linalg.svdvals(matrix.double())
+        (formed,) = fg.ops.top_directions([matrix], k)
+        (free,) = solve([site.map()], [k])
+        for found in (formed, free):
+            assert captured_norm(matrix, found.left, values) > 0.999
+            assert found.captured == pytest.approx(captured_norm(matrix, found.left, values), abs=0.002)
+
+
+def test_recording_again_gives_sites_of_the_same_form(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    assert len(recorded.record(tmp_path, {"early": 1})) == 3
+    for new, old in zip(recorded.load(tmp_path), recorded.load()[::2], strict=True):
+        assert (new.name, new.h.shape, new.dz.shape) == (old.name, old.h.shape, old.dz.shape)
+        assert (new.kernels, new.width) == (old.kernels, old.width)
+        assert float(new.matrix().norm()) > 0
