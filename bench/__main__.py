@@ -13,7 +13,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler counts memory; i
 
 import torch
 
-from . import curves, directions, growth, memory, nagn, ops, optim, report
+from . import compiling, curves, directions, growth, memory, nagn, ops, optim, report
 from .rows import ROOT, Row, Settings, table, write_rows
 
 SUITES: dict[str, Callable[[Settings], Iterator[Row]]] = {
@@ -24,6 +24,7 @@ SUITES: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "optim": optim.run,
     "memory": memory.run,
     "curves": curves.run,
+    "compiling": compiling.run,
 }
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "performance.md"
