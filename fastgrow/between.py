@@ -79,7 +79,7 @@ class _Search:
             place = self._alone(last) if last is not end else self.after
             if place is not None:
                 return Spot(place, "behind", source, *self._form(source, last), self._known(last), norm)
-        reader, path = self._reader(last, before)
+        reader, path = self._reader(last, before, beside)
         module = find_module(self.model, reader.name)
         if module is None:
             raise self._error(f"its reader {reader.name!r} is a function call, not a module; make it one")
@@ -143,7 +143,7 @@ class _Search:
         whole = module is None or module is self.model or bool(module._modules)
         return None if whole or sum(other is module for other in self.owner.values()) != 1 else name
 
-    def _reader(self, last: Node, before: str | None) -> tuple[LayerCall, list[Node]]:
+    def _reader(self, last: Node, before: str | None, beside: bool) -> tuple[LayerCall, list[Node]]:
         """The layer that reads a node's value, and the nodes from there to what it reads."""
         paths: dict[Node, list[Node]] = {last: [last]}
         found: dict[str, tuple[LayerCall, list[Node]]] = {}
@@ -158,16 +158,16 @@ class _Search:
                     paths[user] = [*paths[node], user]
                     waiting.append(user)
         if before is None:
-            if len(found) == 1 and all(len(_readers(node)) == 1 for node in next(iter(found.values()))[1]):
-                return next(iter(found.values()))
             if not found:
                 raise self._error("no layer with weights reads it")
+            (call, path), names = next(iter(found.values())), ", ".join(map(repr, found))
+            if len(found) == 1 and (beside or all(len(_readers(node)) == 1 for node in path)):
+                return call, path
+            if beside:
+                raise self._error(f"several layers read it ({names}): name the one to put units beside with before=")
             raise self._error(
-                "what ends its run is no module of its own, and several read it "
-                f"({', '.join(map(repr, found))}): name one with before=, or make the activation a module"
-                if len(found) > 1
-                else f"besides {next(iter(found))!r} something else reads it: give before={next(iter(found))!r} to put "
-                "the layer on that way alone, or make the activation a module"
+                f"what ends its run is no module of its own, and not {names} alone reads it: name a layer with before= "
+                "to stand on the way to that one, or make the activation a module"
             )
         module = find_module(self.model, before)
         for call, path in found.values():
