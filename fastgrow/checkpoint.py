@@ -101,7 +101,8 @@ def load(
     optimizer, grower, also: as given to `save`, freshly built on this model; parameters that are widened are
     replaced in their param groups, in order. Those that the file holds and the call does not name stay unread.
     rng: restore the random state; the file must hold it. A file without values gives widths, stages and the
-    Grower's state; new weights are zero until the other program has loaded them.
+    Grower's state; new weights are zero until the other program has loaded them. Where the file holds inserted
+    layers, sites found in the seed are refused afterwards: ``grower.sites = fg.find_sites(model, x)``.
     A run that is resumed so continues bit for bit, given the same batches and schedulers.
 
     Returns the model. Raises `GrowthError`, with nothing changed, for a file that is damaged, of another

@@ -468,7 +468,7 @@ def test_a_grower_finds_its_sites_anew(tmp_path: Path) -> None:
         sites = fg.find_sites(model, X, exclude="conv2")
         optimizer = torch.optim.Adam(model.parameters())
         where = fg.where.Everywhere(units=2)
-        return fg.Grower(model, optimizer, sites=sites, when=fg.when.Every(2, times=2), where=where)
+        return fg.Grower(model, optimizer, sites=sites, when=fg.when.Every(2, times=3), where=where)
 
     def run(grower: fg.Grower, steps: int) -> None:
         for _ in range(steps):
@@ -493,12 +493,20 @@ def test_a_grower_finds_its_sites_anew(tmp_path: Path) -> None:
         other,
         torch.optim.Adam(other.parameters()),
         example_inputs=X,
-        when=fg.when.Every(2, times=2),
+        when=fg.when.Every(2, times=3),
         where=fg.where.Everywhere(units=2),
     )
     fg.load(tmp_path / "run.pt", other, grower=again)
     assert [one.method for one in again.history] == [one.method for one in grower.history]
-    assert all(torch.equal(a, b) for a, b in zip(outputs(other), outputs(grower.model), strict=True))
+    with pytest.raises(fg.GrowthError, match="set its sites"):
+        run(again, 2)
+    again.sites = fg.find_sites(other, X, exclude="conv2.layer")
+    fg.load(tmp_path / "run.pt", other, grower=again)
+    for one in (grower, again):
+        run(one, 3)
+    assert len(again.history) == 5
+    for name, value in grower.model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name])
 
 
 def test_a_compiled_model() -> None:

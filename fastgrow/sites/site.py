@@ -174,8 +174,8 @@ class Sites(Sequence[Site]):
         later = places(unwrap(model)) - self.inserted
         if later:
             raise GrowthError(
-                f"a layer was inserted at {min(later)!r} after these sites were found: find them again "
-                "(fastgrow.find_sites; Grower.insert_layer does it)"
+                f"a layer was inserted at {min(later)!r} after these sites were found: find them again with "
+                "fastgrow.find_sites (for a Grower: use Grower.insert_layer, or set its sites)"
             )
         tensors = tensors_of(model)
         sizes = dict(self.constants)
