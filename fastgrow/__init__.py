@@ -5,6 +5,7 @@ from .checkpoint import load, save
 from .errors import GrowthError
 from .grow import GrowthReport, SiteGrowth, finalize, grow
 from .grower import Grower
+from .insert import insert_layer
 from .named import name_sites
 from .observe import Observation, observe
 from .plan import Plan, plan
@@ -29,6 +30,7 @@ __all__ = [
     "find_sites",
     "grow",
     "how",
+    "insert_layer",
     "load",
     "name_sites",
     "nn",

@@ -11,6 +11,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from . import stages
 from .distributed import replicas_of
 from .errors import GrowthError
+from .insertions import Insertion, insertions, reinsert
 from .names import is_wrapper
 from .nn import original, twin
 from .optimizer_state import unwrapped
@@ -38,8 +40,8 @@ _STRUCTURE = {"shapes": Mapping, "stages": Mapping, "attributes": Mapping, "acti
 
 Structure = Mapping[str, Any]
 """shapes: {tensor: [sizes]}; stages: {tensor: {dimension: {"stage", "origin"}}} as `fastgrow.stages` has
-them; attributes: {module: {attribute: value}}; activations: {module: class in fastgrow.nn}. Names are those
-of ``state_dict()`` without the components of wrappers."""
+them; attributes: {module: {attribute: value}}; activations: {module: class in fastgrow.nn}; inserted: {module:
+the `Insertion` that it holds}. Names are those of ``state_dict()`` without the components of wrappers."""
 
 
 def save(
@@ -59,8 +61,8 @@ def save(
     rng: include torch's random state of the CPU and of every CUDA device. values=False: neither weights nor
     optimizer states, for a file beside a checkpoint that another program writes.
     The file holds all parameters and buffers (those that are not saved by ``state_dict()`` only where they
-    grew), widths, the module attributes that growth changed, replaced activations, the stage of each unit,
-    optimizer states, and the Grower's policies and history. A learning-rate scheduler or a GradScaler has a
+    grew), widths, inserted layers, the module attributes that growth changed, replaced activations, the stage of
+    each unit, optimizer states, and the Grower's policies and history. A learning-rate scheduler or a GradScaler has a
     ``state_dict()`` of its own: it is the caller's to keep.
 
     The file appears complete or not at all. Save before `fg.finalize`, which forgets how the model came by its
@@ -99,7 +101,8 @@ def load(
     optimizer, grower, also: as given to `save`, freshly built on this model; parameters that are widened are
     replaced in their param groups, in order. Those that the file holds and the call does not name stay unread.
     rng: restore the random state; the file must hold it. A file without values gives widths, stages and the
-    Grower's state; new weights are zero until the other program has loaded them.
+    Grower's state; new weights are zero until the other program has loaded them. Where the file holds inserted
+    layers, sites found in the seed are refused afterwards: ``grower.sites = fg.find_sites(model, x)``.
     A run that is resumed so continues bit for bit, given the same batches and schedulers.
 
     Returns the model. Raises `GrowthError`, with nothing changed, for a file that is damaged, of another
@@ -158,6 +161,7 @@ def structure_of(model: nn.Module) -> dict[str, Any]:
         "activations": {
             name: type(module).__name__ for name, module in modules.items() if original(module) is not None
         },
+        "inserted": {name: asdict(insertion) for name, insertion in insertions(unwrap(model)).items()},
     }
 
 
@@ -169,19 +173,31 @@ def rebuild(
     also: Iterable[nn.Module] = (),
     source: str = "the saved structure",
 ) -> None:
-    """Give a seed model the widths, attributes, activations and stages of a saved one; values come later.
+    """Give a seed model the inserted layers, widths, attributes, activations and stages of a saved one.
 
-    New entries are zero, old ones move to where they would have moved in growth. Optimizers and copies
-    follow. Raises `GrowthError`, with nothing changed, for another architecture.
+    Values come later. New entries are zero, old ones move to where they would have moved in growth. Optimizers
+    and copies follow. Raises `GrowthError`, with nothing changed, for another architecture.
     """
     _check_structure(source, structure)
-    shapes, axes = structure["shapes"], structure["stages"]
+    roots, optimizers = [unwrap(model), *also], list(optimizers)
+    with _undone_on_error(source, roots, optimizers):
+        _reinsert(roots, structure, optimizers)
+        _rebuild(roots, structure, optimizers, source)
+
+
+def _reinsert(roots: Sequence[nn.Module], structure: Structure, optimizers: Sequence[Any]) -> None:
+    wanted = {name: Insertion.read(entry) for name, entry in structure.get("inserted", {}).items()}
+    reinsert(roots[0], wanted, structure["shapes"], optimizers=optimizers, also=roots[1:])
+
+
+def _rebuild(roots: Sequence[nn.Module], structure: Structure, optimizers: Sequence[Any], source: str) -> None:
+    model, shapes, axes = roots[0], structure["shapes"], structure["stages"]
     found, modules = _tensors(model, shapes), _modules(model)
     missing, extra = sorted(shapes.keys() - found.keys()), sorted(found.keys() - shapes.keys())
     if missing or extra:
         kind, names = ("lacks", missing) if missing else ("has beside them", extra)
         raise GrowthError(
-            f"{source} holds another architecture: {type(unwrap(model)).__name__} {kind} {_some(names)}; "
+            f"{source} holds another architecture: {type(model).__name__} {kind} {_some(names)}; "
             "build the model as the saved one was built before it grew"
         )
     edits = []
@@ -206,12 +222,9 @@ def rebuild(
                 f"{source} holds another architecture: {name!r} is the activation {kind}, the model has {seen}"
             )
         swaps.append(ModuleSwap(name, replacement))
-    roots = [unwrap(model), *also]
-    optimizers = list(optimizers)
-    with _undone_on_error(source, roots, optimizers):
-        widen(roots[0], edits, attributes=attributes, swaps=swaps, optimizers=optimizers, also=roots[1:])
-        for root in roots:
-            stages.load_state(root, axes)
+    widen(model, edits, attributes=attributes, swaps=swaps, optimizers=optimizers, also=roots[1:])
+    for root in roots:
+        stages.load_state(root, axes)
 
 
 def _edit(

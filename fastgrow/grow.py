@@ -15,8 +15,9 @@ from .distributed import replicas_of, together
 from .edits import EditBuilder, Edits
 from .errors import GrowthError
 from .how import GradMax, How, Newborns, Start
+from .insertions import forget
 from .integrations.config import follow_configs
-from .nn import original
+from .nn import Beside, original
 from .observe import Observation, observe
 from .plan import check_units
 from .rehearsal import Rehearsal, checked_loss, preserved
@@ -25,7 +26,16 @@ from .stages import clear
 from .trial import find_sites
 from .widen import widen
 
-__all__ = ["GrowthReport", "SiteGrowth", "finalize", "grow", "grow_observed"]
+__all__ = [
+    "GrowthReport",
+    "SiteGrowth",
+    "finalize",
+    "grow",
+    "grow_observed",
+    "inputs_of",
+    "observe_closure",
+    "observing",
+]
 
 
 @dataclass
@@ -104,7 +114,7 @@ def grow(
     if sites is None:
         if closure is None:
             raise GrowthError("grow needs sites= (from find_sites), or a closure= from whose call they can be found")
-        sites = find_sites(model, _inputs_of(model, closure))
+        sites = find_sites(model, inputs_of(model, closure))
     started = time.perf_counter()
     wanted = _checked(model, sites, units, how)
     if how.needs_directions and seen is None:
@@ -240,7 +250,7 @@ def observing(sites: Sites, units: Mapping[str, int], how: How) -> dict[str, Any
     }
 
 
-def _inputs_of(model: nn.Module, closure: Callable[[], Tensor]) -> Any:
+def inputs_of(model: nn.Module, closure: Callable[[], Tensor]) -> Any:
     """The arguments that the closure's own call gives the model."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     hook = unwrap(model).register_forward_pre_hook(
@@ -263,12 +273,14 @@ def _inputs_of(model: nn.Module, closure: Callable[[], Tensor]) -> Any:
 def finalize(model: nn.Module) -> nn.Module:
     """Give the model back as plain torch: activations are torch's own again, nothing of fastgrow stays.
 
+    Layers that were inserted stay, as the model's own, under the names they have.
     For ONNX, export and deployment; the forward pass does not change. Returns the model.
     """
     for module in list(unwrap(model).modules()):
         for child_name, child in list(module.named_children()):
-            plain = original(child)
+            plain = child.as_graph() if isinstance(child, Beside) else original(child)
             if plain is not None:
                 setattr(module, child_name, plain)
     clear(unwrap(model))
+    forget(unwrap(model))
     return model

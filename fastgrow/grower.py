@@ -17,11 +17,12 @@ from .distributed import replicas_of
 from .errors import GrowthError
 from .grow import GrowthReport, SiteGrowth, grow_observed, observe_closure, observing
 from .how import GradMax, How
+from .insert import insert_layer
 from .names import find_module
 from .natural import natural_directions
 from .observe import Observation
 from .observe import observe as Observer
-from .sites import Sites, unwrap
+from .sites import Site, Sites, tensors_of, unwrap
 from .trial import find_sites
 from .when import When
 from .where import Everywhere, Evidence, Where
@@ -269,6 +270,35 @@ class Grower:
                     factors[site.name] = float((eps / (variance + eps)).sqrt().mean())
                     break
         return factors
+
+    # -- depth ----------------------------------------------------------------------------------------
+
+    def insert_layer(self, after: str, example_inputs: Any, **options: Any) -> GrowthReport:
+        """`fastgrow.insert_layer` into the model, its optimizers and its copies; the sites are found anew.
+
+        example_inputs: as in `find_sites`. options: before, units, how, kernel_size, norm, activation, closure.
+        Sites that were left out (``include=``, ``exclude=``) stay left out. A measurement that was under way is
+        dropped. The report joins the history.
+        """
+        if self._watching is not None:
+            raise GrowthError("Grower.insert_layer: call it between steps, not between the micro-batches of one")
+        unwanted = self._weights_of(self.sites.left_out)
+        report = insert_layer(
+            self.model, after, example_inputs=example_inputs, optimizer=self.optimizers, also=self.also, **options
+        )
+        found = find_sites(self.model, example_inputs)
+        names = [site.name for site in found if self._weights_of([site]) & unwanted]
+        self.sites = find_sites(self.model, example_inputs, exclude=names) if names else found
+        self._seen = None
+        report.step = self.steps
+        self.history.append(report)
+        return report
+
+    def _weights_of(self, sites: Iterable[Site]) -> set[tuple[int, str]]:
+        """What tells sites apart when their names have changed: the first producer's weight, and its part."""
+        tensors = tensors_of(self.model)
+        weights = {site.name: tensors[site.weight(site.producers[0], "producer").tensor] for site in sites}
+        return {(id(weight), name.partition("#")[2]) for name, weight in weights.items()}
 
     # -- saving ---------------------------------------------------------------------------------------
 

@@ -1,16 +1,19 @@
-"""Activations equal to torch's in the forward pass, whose derivative at 0 is that of 0+.
+"""Modules that a growing model may hold where torch has none; `fastgrow.finalize` takes them out again.
 
-GradMax's new units start at exactly zero. ``torch.nn.ReLU`` has the subgradient 0 there, so they would
-never learn; with the derivative from the right they do.
+Activations equal to torch's in the forward pass, whose derivative at 0 is that of 0+: GradMax's new units start
+at exactly zero. ``torch.nn.ReLU`` has the subgradient 0 there, so they would never learn; with the derivative
+from the right they do.
 """
 
 from __future__ import annotations
+
+import operator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["LeakyReLU", "PReLU", "ReLU", "ReLU6", "original", "twin"]
+__all__ = ["Beside", "LeakyReLU", "PReLU", "ReLU", "ReLU6", "original", "twin"]
 
 
 def relu(input: Tensor) -> Tensor:
@@ -48,6 +51,27 @@ class PReLU(nn.PReLU):
     def forward(self, input: Tensor) -> Tensor:
         slope = self.weight.reshape(-1, *[1] * (input.dim() - 2)) if input.dim() > 1 else self.weight
         return torch.where(input < 0, input * slope, input)
+
+
+class Beside(nn.Module):
+    """``layer(x) + branch(x)``: new units between a layer's input and its output (`fastgrow.insert_layer`)."""
+
+    def __init__(self, layer: nn.Module, branch: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.branch = branch
+
+    def forward(self, input: Tensor) -> Tensor:
+        result: Tensor = self.layer(input) + self.branch(input)
+        return result
+
+    def as_graph(self) -> torch.fx.GraphModule:
+        """The same in torch's own terms, with the same modules under the same names."""
+        graph = torch.fx.Graph()
+        x = graph.placeholder("input")
+        ways = [graph.call_module(name, (x,)) for name in ("layer", "branch")]
+        graph.output(graph.call_function(operator.add, tuple(ways)))
+        return torch.fx.GraphModule(self, graph, "Beside")
 
 
 _TWINS: dict[type[nn.Module], type[nn.Module]] = {

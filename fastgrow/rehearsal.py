@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .edits import Edits
     from .how import Newborns, Start
 
-__all__ = ["Grown", "Rehearsal", "checked_loss", "preserved"]
+__all__ = ["Grown", "Rehearsal", "checked_loss", "preserved", "restored"]
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
@@ -83,7 +83,7 @@ class Rehearsal:
         """
         edits = self.build(units, starts)
         inner = unwrap(self.model)
-        with preserved(self.model), _restored(inner):
+        with preserved(self.model), restored(inner):
             widen(inner, edits.tensors, attributes=edits.attributes, swaps=edits.swaps)
             yield Grown(
                 tensors_of(inner),
@@ -101,7 +101,7 @@ class Rehearsal:
 
 
 @contextlib.contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
+def restored(model: nn.Module) -> Iterator[None]:
     """Every module's attributes and registries are put back."""
     saved: list[tuple[nn.Module, dict[str, Any], dict[str, dict[str, Any]]]] = [
         (module, dict(vars(module)), {name: dict(vars(module)[name]) for name in _REGISTRIES})

@@ -25,7 +25,7 @@ from .errors import GrowthError
 from .names import find_module, find_tensor, innermost, is_wrapper
 from .optimizer_state import GrownParameter, carry, holds, unwrapped
 
-__all__ = ["AttributeEdit", "ModuleSwap", "TensorEdit", "widen"]
+__all__ = ["AttributeEdit", "Joining", "ModuleSwap", "TensorEdit", "widen"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +61,15 @@ class ModuleSwap:
     module: nn.Module
 
 
+@dataclass(frozen=True, eq=False)
+class Joining:
+    """A parameter that joins the param groups of another one, which no edit names, at their ends."""
+
+    parameter: nn.Parameter
+    present: Tensor
+    stages: Mapping[int, Tensor]  # dimension -> (size,) int64, the stage of each index
+
+
 def widen(
     model: nn.Module,
     edits: Iterable[TensorEdit],
@@ -69,6 +78,7 @@ def widen(
     swaps: Iterable[ModuleSwap] = (),
     optimizers: Iterable[Any] = (),
     also: Iterable[nn.Module] = (),
+    joining: Iterable[Joining] = (),
     stage: int | None = None,
 ) -> None:
     """Carry out finished edits on a model, its optimizers and its copies, in one transaction.
@@ -82,6 +92,7 @@ def widen(
     method ``grown(parameter, stages: dict[int, Tensor])`` are told of each new parameter they hold.
     also: copies (AveragedModel, EMA, compiled or DDP-like wrappers) that get the same edits on their
     own old values; names are found through the wrappers' prefixes.
+    joining: parameters of swapped modules that no optimizer holds yet.
     stage: recorded for every new index (`stages`); by default one more than the newest in the model.
 
     Parameters may be fake tensors or lie on the meta device, but no FakeTensorMode may be active.
@@ -92,6 +103,7 @@ def widen(
         plan = _Plan.prepare(
             model, tuple(edits), tuple(attributes), tuple(swaps), tuple(optimizers), tuple(also), stage
         )
+        plan.join(tuple(optimizers), tuple(joining))
         plan.commit()
 
 
@@ -190,6 +202,35 @@ class _Plan:
                 self.assignments += [(carried.state, old, _ABSENT), (carried.state, new, entries)]
             if callable(getattr(optimizer, "grown", None)):
                 self.told += [(optimizer, found.new, born[id(found.old)]) for found in carried.held]
+
+    def join(self, optimizers: Sequence[Any], joining: Sequence[Joining]) -> None:
+        """New parameters into the param groups of present ones; their state is for the optimizer to make."""
+        joined: set[int] = set()
+        for optimizer in _unique(unwrapped(optimizers)):
+            for group in optimizer.param_groups:
+                held = {id(parameter) for parameter in group["params"]}
+                new = [one for one in joining if id(one.present) in held]
+                if not new:
+                    continue
+                if isinstance(optimizer, torch.optim.LBFGS):
+                    raise GrowthError(
+                        "LBFGS keeps one flat history over all parameters, which no new one can join; insert the layer "
+                        "without optimizer= and make a new LBFGS"
+                    )
+                joined |= {id(one.parameter) for one in new}
+                self.assignments.append((group, "params", [*group["params"], *(one.parameter for one in new)]))
+                if "param_names" in group:
+                    names = [f"inserted.{len(group['params']) + at}" for at in range(len(new))]
+                    self.assignments.append((group, "param_names", [*group["param_names"], *names]))
+                if callable(getattr(optimizer, "grown", None)):
+                    self.told += [(optimizer, one.parameter, dict(one.stages)) for one in new]
+        new_ones = [one.parameter for one in joining]
+        lost = [parameter for parameter in new_ones if id(parameter) not in joined and parameter.requires_grad]
+        if optimizers and lost:
+            raise GrowthError(
+                f"a new parameter of shape {tuple(lost[0].shape)} belongs to no param group: none of the optimizers "
+                "holds the present one it follows; add that one first, or insert without optimizer= and add_param_group"
+            )
 
     def _swap_modules(self, roots: Sequence[nn.Module], swaps: Sequence[ModuleSwap]) -> dict[int, nn.Module]:
         """id(old module) -> the one that owns its tensors from now on."""

@@ -59,6 +59,8 @@ def follow_config(model: Any) -> dict[str, Any] | None:
     }
     # A number that someone else has changed is no matter of growth.
     judged = edited | {key for key, value in wanted.numbers.items() if present.numbers.get(key) == value}
+    if present.shapes.keys() != wanted.shapes.keys():  # a layer was inserted
+        return None
     tries = 0
     while (missing := wanted.differences(present, judged)) > 0:
         for path, value in _proposals(config, present, wanted):

@@ -13,6 +13,7 @@ from torch import nn
 from torch.fx import Node
 
 from ..errors import GrowthError
+from ..insertions import places
 from ..layout import Concat, Layout, Leaf, Product, axes_of
 from . import rules as _rules  # noqa: F401 - registers what each op says
 from .attributes import attribute_rules
@@ -84,7 +85,7 @@ def discover(
     frozen |= {site.name: "it was left out by include= or exclude=" for site in left_out}
     growing = {site.axis for site in found}
     constants = {axis: extent for axis, extent in propagation.tracker.sizes.items() if axis not in growing}
-    return Sites(tuple(chosen), layers, frozen, constants, left_out, propagation.followed())
+    return Sites(tuple(chosen), layers, frozen, constants, left_out, propagation.followed(), places(inner))
 
 
 def _chosen(

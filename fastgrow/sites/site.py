@@ -9,6 +9,7 @@ from typing import overload
 from torch import Tensor, nn
 
 from ..errors import GrowthError
+from ..insertions import places
 from ..layout import Layout, axes_of, size
 from .graph import Followed, unwrap
 
@@ -126,7 +127,7 @@ class Sites(Sequence[Site]):
 
     layers: every linear and convolution layer in forward order. frozen: layers whose outputs cannot
     grow, and why. constants: the sizes of the axes that no site grows. left_out: sites that were found but
-    not asked for; other sites' layouts may hold their axes.
+    not asked for; other sites' layouts may hold their axes. inserted: where layers stood that were inserted before.
     """
 
     items: tuple[Site, ...]
@@ -135,6 +136,7 @@ class Sites(Sequence[Site]):
     constants: Mapping[int, int] = field(default_factory=dict, repr=False)
     left_out: tuple[Site, ...] = field(default=(), repr=False)
     graph: Followed | None = field(default=None, repr=False, compare=False)
+    inserted: frozenset[str] = field(default=frozenset(), repr=False)
 
     @overload
     def __getitem__(self, key: int | str) -> Site: ...
@@ -167,8 +169,14 @@ class Sites(Sequence[Site]):
         """Every axis number -> its present size in this model.
 
         raises: GrowthError where the model's tensors do not fit the sites (another model, or one that
-        was resized by hand).
+        was resized by hand), and where a layer was inserted since they were found.
         """
+        later = places(unwrap(model)) - self.inserted
+        if later:
+            raise GrowthError(
+                f"a layer was inserted at {min(later)!r} after these sites were found: find them again with "
+                "fastgrow.find_sites (for a Grower: use Grower.insert_layer, or set its sites)"
+            )
         tensors = tensors_of(model)
         sizes = dict(self.constants)
         for site in (*self.items, *self.left_out):
