@@ -21,6 +21,7 @@ from .names import find_module
 from .natural import natural_directions
 from .observe import Observation
 from .observe import observe as Observer
+from .sharded import whole as whole_tensor
 from .sites import Sites, unwrap
 from .trial import find_sites
 from .when import When
@@ -171,7 +172,9 @@ class Grower:
     def _gains(self, seen: Observation) -> dict[str, float]:
         """What growth would gain, relative to what the present parameters' gradient gains."""
         squares = [
-            p.grad.detach().float().square().sum() for p in unwrap(self.model).parameters() if p.grad is not None
+            whole_tensor(p.grad.detach().float().square().sum())
+            for p in unwrap(self.model).parameters()
+            if p.grad is not None
         ]
         present = float(torch.stack(squares).sum()) if squares else 0.0
         found = seen.all_directions()
