@@ -97,6 +97,8 @@ def grow(
     called once (twice without `sites`: they are found from the inputs that it gives the model; more often by
     methods that try the loss, as they say). ``.grad``s,
     buffers, RNG state and modes are left as they were found. seen: an `Observation` to use instead.
+    Under DistributedDataParallel or ``fully_shard`` all ranks make the same call; of a sharded model one site after
+    the other is gathered, grown and sharded again.
 
     Returns a `GrowthReport`. Raises `GrowthError`, with everything as it was, for sites that are unknown or
     cannot grow, for units that are no positive multiple, and for gradients that are not finite; exceptions

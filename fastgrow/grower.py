@@ -186,7 +186,7 @@ class Grower:
         """Once after each optimizer step; with ``metric=`` at the end of an epoch (counts no step).
 
         closure: returns the loss of a batch: where a growth is armed, it is measured and carried out now.
-        Under DistributedDataParallel every rank calls it; a metric is averaged over the ranks.
+        Under DistributedDataParallel or FSDP2 every rank calls it; a metric is averaged over the ranks.
         Returns the `GrowthReport` where the model grew.
         """
         if metric is None:

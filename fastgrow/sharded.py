@@ -151,19 +151,31 @@ def group_of(model: nn.Module) -> tuple[dist.ProcessGroup, torch.device] | None:
 
     None where nothing is sharded. Raises `GrowthError` where its modules are sharded over different meshes.
     """
-    found = [(record.mesh_info.mesh, record.device) for _, _, record, _ in _records([model])]
-    if not found:
+    if not wrapped_modules(model):
         return None
-    mesh, device = found[0]
-    other = next((one for one, _ in found if one != mesh), None)
+    meshes = _meshes(model)
+    if not meshes:  # all in full, behind a forward pass
+        reshard(model)
+        meshes = _meshes(model)
+    if not meshes:
+        return None
+    mesh = meshes[0]
+    other = next((one for one in meshes if one != mesh), None)
     if other is not None:
         raise GrowthError(f"parts of the model are sharded over different meshes, {mesh} and {other}; use one mesh")
+    kind = mesh.device_type
+    device = torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
     if mesh.ndim == 1:
         return mesh.get_group(), device
     if mesh.size() != dist.get_world_size():
         raise GrowthError(f"the model is sharded over {mesh}, some of the processes; wanted all, or a 1-d mesh")
     assert dist.group.WORLD is not None
     return dist.group.WORLD, device
+
+
+def _meshes(model: nn.Module) -> list[Any]:
+    known: list[Any] = [parameter for parameter in model.parameters() if is_sharded(parameter)]
+    return [parameter.device_mesh for parameter in known]
 
 
 @contextlib.contextmanager
