@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from . import stages
-from .distributed import replicas_of
+from .distributed import replicas_of, together
 from .errors import GrowthError
 from .insertions import Insertion, insertions, reinsert
 from .names import is_wrapper
 from .nn import original, twin
 from .optimizer_state import unwrapped
+from .sharded import collected, copy_into, is_sharded, laid_out, remembered, reshard, wrapped_modules
 from .sites import unwrap
 from .widen import AttributeEdit, ModuleSwap, TensorEdit, widen
 
@@ -56,8 +57,10 @@ def save(
 ) -> None:
     """Write a model, grown or not, into one file that `load` reads.
 
-    model: also behind ``torch.compile`` or DistributedDataParallel (save on one rank). optimizer: one or a
-    list; by default those of the grower. also: EMA copies; by default those of the grower.
+    model: also behind ``torch.compile`` or DistributedDataParallel (save on one rank). A model that is wrapped by
+    ``fully_shard`` is saved by all ranks together: tensors are gathered one by one, rank 0 writes, and the file is
+    that of a model that was never sharded. optimizer: one or a list; by default those of the grower. also: EMA
+    copies; by default those of the grower.
     rng: include torch's random state of the CPU and of every CUDA device. values=False: neither weights nor
     optimizer states, for a file beside a checkpoint that another program writes.
     The file holds all parameters and buffers (those that are not saved by ``state_dict()`` only where they
@@ -71,18 +74,24 @@ def save(
     """
     path = Path(path)
     optimizers, copies = _companions(optimizer, grower, also)
+    replicas = replicas_of(model) if wrapped_modules(model) else None
+    kept = replicas is None or replicas.rank == 0
     content: dict[str, Any] = {
         "format": _FORMAT,
         "version": _VERSION,
         "structure": structure_of(model),
         "values": values,
-        "tensors": _values(model) if values else {},
-        "copies": [_values(copied) for copied in copies] if values else [],
-        "optimizers": [{"kind": type(one).__name__, "state": one.state_dict()} for one in optimizers] if values else [],
+        "tensors": _values(model, kept) if values else {},
+        "copies": [_values(copied, kept) for copied in copies] if values else [],
+        "optimizers": [
+            {"kind": type(one).__name__, "state": collected(one.state_dict(), kept)} for one in optimizers if values
+        ],
         "grower": None if grower is None else grower.state_dict(),
         "rng": _rng_state() if rng else None,
     }
-    _write(path, plain(content, str(path)))
+    with together(replicas):
+        if kept:
+            _write(path, plain(content, str(path)))
 
 
 def load(
@@ -97,7 +106,8 @@ def load(
     """Read a file of `save` into a freshly built seed model, which is widened first.
 
     model: built as the saved one was before it grew (or already of the saved widths), on any device, also
-    behind ``torch.compile`` or DistributedDataParallel (every rank loads; the wrapper is renewed in place).
+    behind ``torch.compile`` or DistributedDataParallel (every rank loads; the wrapper is renewed in place), or
+    wrapped by ``fully_shard`` (every rank loads, and keeps its shards).
     optimizer, grower, also: as given to `save`, freshly built on this model; parameters that are widened are
     replaced in their param groups, in order. Those that the file holds and the call does not name stay unread.
     rng: restore the random state; the file must hold it. A file without values gives widths, stages and the
@@ -125,13 +135,13 @@ def load(
             for one, values in zip([model, *copies], [content["tensors"], *content["copies"]], strict=False):
                 targets += _targets(name, one, values)
             for one, saved in zip(optimizers, content["optimizers"], strict=False):
-                one.load_state_dict(saved["state"])
+                one.load_state_dict(laid_out(one, saved["state"]))
         if grower is not None:
             grower.load_state_dict(content["grower"])
         # Values last: in-place copies between equal shapes are all that cannot be undone.
         with torch.no_grad():
             for tensor, value in targets:
-                tensor.copy_(value)
+                copy_into(tensor, value)
     if replicas is not None:
         replicas.renew()
     if rng:
@@ -282,12 +292,17 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
     return {prefix.removesuffix("."): module for prefix, module in _walk(unwrap(model))}
 
 
-def _values(model: nn.Module) -> dict[str, Tensor]:
+def _values(model: nn.Module, kept: bool) -> dict[str, Tensor]:
+    """Every tensor's values; kept: whether this rank is the one that writes those of a sharded model."""
     values = {}
+    reshard(model)
+    wrapped = bool(wrapped_modules(model))
     for name, (module, leaf) in _tensors(model).items():
         tensor: Tensor = getattr(module, leaf).detach()
-        if hasattr(tensor, "device_mesh"):
-            raise GrowthError(f"save: {name!r} is sharded over a device mesh; gather it (full_tensor) first")
+        if is_sharded(tensor):
+            if not wrapped:
+                raise GrowthError(f"save: {name!r} is sharded, but not by fully_shard; gather it (full_tensor) first")
+            tensor = collected(tensor, kept)
         if tensor.is_meta or isinstance(tensor, torch._subclasses.FakeTensor):
             raise GrowthError(f"save: {name!r} has no values ({tensor.device}); materialise the model first")
         values[name] = tensor
@@ -461,10 +476,12 @@ def _undone_on_error(
         )
         for one in unwrapped(optimizers)
     ]
-    remembered = None if grower is None else grower.state_dict()
+    before_grower = None if grower is None else grower.state_dict()
+    put_records_back = remembered(roots)
     try:
         yield
     except BaseException as error:
+        put_records_back()
         for registry, before in registries:
             registry.clear()
             registry.update(before)
@@ -475,8 +492,8 @@ def _undone_on_error(
             state.clear()
             state.update(entries)
             one.__setstate__({"state": state, "param_groups": groups})
-        if grower is not None and remembered is not None:
-            grower.load_state_dict(remembered)
+        if grower is not None and before_grower is not None:
+            grower.load_state_dict(before_grower)
         if isinstance(error, Exception) and source not in str(error):
             raise GrowthError(f"{source} does not fit: {error}") from error
         raise

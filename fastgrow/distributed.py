@@ -1,4 +1,4 @@
-"""Growth under DistributedDataParallel: every rank sees its part of the batch, all grow the same network.
+"""Growth under DistributedDataParallel or FSDP2: every rank sees its part of the batch, all grow the same network.
 
 NAGN and sample counts are summed over the ranks. Growth matrices stay where they are: rank 0 solves, and
 each product it asks for, M X = sum_r M_r X or M^T Y, is the sum of every rank's own. Only rank 0 decides
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .errors import GrowthError
 from .operators import LARGEST_EXPONENT, LinearMap, full_precision
 from .replay import Capture
+from .sharded import group_of
 from .solve import Directions, solve
 
 __all__ = ["DistributedMap", "Replicas", "replicas_of", "together", "without_gradient_traffic"]
@@ -40,20 +41,21 @@ _KEPT = (
 
 
 def replicas_of(model: nn.Module) -> Replicas | None:
-    """The ranks that train this model together; None where no DistributedDataParallel wraps it."""
+    """The ranks that train this model together; None where neither DistributedDataParallel nor FSDP2 wraps it."""
     current: nn.Module | None = model
     while current is not None:
         if isinstance(current, nn.parallel.DistributedDataParallel):
-            return Replicas(current)
+            return _Wrapped(current)
         current = current._modules.get("_orig_mod")
-    return None
+    sharded = group_of(model)
+    return None if sharded is None else Replicas(*sharded)
 
 
 @contextlib.contextmanager
 def without_gradient_traffic(model: nn.Module) -> Iterator[None]:
     """Forward passes whose gradients no rank waits for."""
     replicas = replicas_of(model)
-    with contextlib.nullcontext() if replicas is None else replicas.wrapper.no_sync():
+    with contextlib.nullcontext() if replicas is None else replicas.quiet():
         yield
 
 
@@ -72,17 +74,25 @@ def together(replicas: Replicas | None) -> Iterator[None]:
 
 
 class Replicas:
-    """What the ranks of a DistributedDataParallel wrapper say to each other about growth.
+    """What the ranks that train a model together say to each other about growth.
 
     Every method is a collective call: all ranks make it, in the same order.
     """
 
-    def __init__(self, wrapper: nn.parallel.DistributedDataParallel) -> None:
-        self.wrapper = wrapper
-        self.group = wrapper.process_group
-        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
-        self._first = dist.get_global_rank(self.group, 0)
-        self.device: torch.device = wrapper.device
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.group, self.device = group, device
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._first = dist.get_global_rank(group, 0)
+
+    def quiet(self) -> contextlib.AbstractContextManager[None]:
+        """Forward passes whose gradients no rank waits for: FSDP waits for those of parameters alone."""
+        return contextlib.nullcontext()
+
+    def check_renewable(self) -> None:
+        """Raises `GrowthError` for a wrapper that cannot follow growth."""
+
+    def renew(self) -> None:
+        """Have the wrapper follow growth."""
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over ranks, on the tensor's own device, the same bits on every rank."""
@@ -212,6 +222,18 @@ class Replicas:
             left, values, right = parts
             result.append(Directions(left, values, right, captured))
         return result
+
+
+class _Wrapped(Replicas):
+    """The ranks of a DistributedDataParallel wrapper."""
+
+    def __init__(self, wrapper: nn.parallel.DistributedDataParallel) -> None:
+        super().__init__(wrapper.process_group, wrapper.device)
+        self.wrapper = wrapper
+
+    def quiet(self) -> contextlib.AbstractContextManager[None]:
+        found: contextlib.AbstractContextManager[None] = self.wrapper.no_sync()
+        return found
 
     def check_renewable(self) -> None:
         """Raises `GrowthError` for what the wrapper cannot be built again with."""

@@ -53,14 +53,23 @@ class EditBuilder:
 
     rewriting: sites may copy units and change present values (`Start.sources`, `rescale`, `shift`), and each
     sees those added before it as grown: `newborns` shows the network in between.
+    seed: the axes' sizes that starts were made for, where other sites have grown since.
     """
 
-    def __init__(self, model: nn.Module, sites: Sites, units: Mapping[str, int], rewriting: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sites,
+        units: Mapping[str, int],
+        rewriting: bool = False,
+        seed: Mapping[int, int] | None = None,
+    ) -> None:
         self.model = unwrap(model)
         self.sites = sites
         self.units = units
         self.rewriting = rewriting
         self.old = sites.sizes(model)
+        self.seed = self.old if seed is None else seed
         self.now = dict(self.old)
         self.new = dict(self.old)
         for name, count in units.items():
@@ -238,8 +247,9 @@ class EditBuilder:
         for dim in range(target.dim()):
             if dim == slot.dim:
                 index.append(self._positions(site, slot))
-            elif dim in self.axes[slot.tensor] and value.shape[dim] != target.shape[dim]:
-                known = self.now if value.shape[dim] == size(layouts[dim], self.now) else self.old
+            elif dim in layouts and value.shape[dim] != target.shape[dim]:
+                lengths = [(size(layouts[dim], sizes), sizes) for sizes in (self.now, self.old)]
+                known = next((sizes for length, sizes in lengths if length == value.shape[dim]), self.seed)
                 index.append(index_map(layouts[dim], known, self.new))
             else:
                 index.append(torch.arange(target.shape[dim]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .distributed import replicas_of, together
+from .distributed import Replicas, replicas_of, together
 from .edits import EditBuilder, Edits
 from .errors import GrowthError
 from .how import GradMax, How, Newborns, Start
@@ -21,8 +22,9 @@ from .nn import Beside, original
 from .observe import Observation, observe
 from .plan import check_units
 from .rehearsal import Rehearsal, checked_loss, preserved
-from .sites import Sites, unwrap
-from .stages import clear
+from .sharded import Renewals, gathered, wrapped_modules
+from .sites import Site, Sites, unwrap
+from .stages import clear, newest_stage
 from .trial import find_sites
 from .widen import widen
 
@@ -105,6 +107,8 @@ def grow(
     called once (twice without `sites`: they are found from the inputs that it gives the model; more often by
     methods that try the loss, as they say). ``.grad``s,
     buffers, RNG state and modes are left as they were found. seen: an `Observation` to use instead.
+    Under DistributedDataParallel or ``fully_shard`` all ranks make the same call; of a sharded model one site after
+    the other is gathered, grown and sharded again.
 
     Returns a `GrowthReport`. Raises `GrowthError`, with everything as it was, for sites that are unknown or
     cannot grow, for units that are no positive multiple, and for gradients that are not finite; exceptions
@@ -145,31 +149,11 @@ def grow_observed(
     wanted = _checked(model, sites, units, how)
     if how.rewrites:  # in forward order, so that each site sees the fan-in it will have
         wanted = {site.name: wanted[site.name] for site in sites if site.name in wanted}
-    with torch.no_grad(), together(replicas):
-        how.check_optimizers(optimizers)
-        if how.needs_closure:
-            if closure is None:
-                raise GrowthError(
-                    f"{how.name} needs the loss again: give closure=, a function that returns the loss "
-                    "(grower.step(closure=...) in a loop)"
-                )
-            starts, edits = _rehearsed(model, sites, wanted, how, closure)
-        else:
-            starts, edits = _started(model, sites, wanted, how, seen)
-    if replicas is not None:  # what is drawn at random is drawn on one rank
-        parts = [part for edit in edits.tensors for part in (edit.fresh, edit.scale, edit.shift)]
-        replicas.share_([part for part in parts if isinstance(part, Tensor)])
     before = sites.widths(model)
-    widen(
-        unwrap(model),
-        edits.tensors,
-        attributes=edits.attributes,
-        swaps=edits.swaps,
-        optimizers=optimizers,
-        also=also,
-    )
-    if replicas is not None:
-        replicas.renew()
+    if wrapped_modules(model):
+        starts, swapped = _grown_by_site(model, sites, wanted, how, seen, optimizers, also)
+    else:
+        starts, swapped = _grown_together(model, sites, wanted, how, seen, optimizers, also, closure)
     how.settle(model, optimizers)
     follow_configs(unwrap(model))
     rate = optimizers[0].param_groups[0]["lr"] if optimizers else None
@@ -185,7 +169,114 @@ def grow_observed(
         for name, count in wanted.items()
     ]
     total = sum(parameter.numel() for parameter in unwrap(model).parameters())
-    return GrowthReport(grown, how.name, time.perf_counter() - started, total, [swap.name for swap in edits.swaps])
+    return GrowthReport(grown, how.name, time.perf_counter() - started, total, swapped)
+
+
+def _grown_together(
+    model: nn.Module,
+    sites: Sites,
+    wanted: Mapping[str, int],
+    how: How,
+    seen: Observation | None,
+    optimizers: list[Any],
+    also: list[nn.Module],
+    closure: Callable[[], Tensor] | None,
+) -> tuple[dict[str, Start], list[str]]:
+    """All sites in one transaction; how they started, and the activations replaced."""
+    replicas = replicas_of(model)
+    with torch.no_grad(), together(replicas):
+        how.check_optimizers(optimizers)
+        if how.needs_closure:
+            if closure is None:
+                raise GrowthError(
+                    f"{how.name} needs the loss again: give closure=, a function that returns the loss "
+                    "(grower.step(closure=...) in a loop)"
+                )
+            starts, edits = _rehearsed(model, sites, wanted, how, closure)
+        else:
+            starts, edits = _started(model, sites, wanted, how, seen)
+    _share(replicas, edits)
+    widen(
+        unwrap(model),
+        edits.tensors,
+        attributes=edits.attributes,
+        swaps=edits.swaps,
+        optimizers=optimizers,
+        also=also,
+    )
+    if replicas is not None:
+        replicas.renew()
+    return starts, [swap.name for swap in edits.swaps]
+
+
+def _grown_by_site(
+    model: nn.Module,
+    sites: Sites,
+    wanted: Mapping[str, int],
+    how: How,
+    seen: Observation | None,
+    optimizers: list[Any],
+    also: list[nn.Module],
+) -> tuple[dict[str, Start], list[str]]:
+    """A sharded model: one site after the other, so that no other site's parameters are gathered; all or none."""
+    if how.needs_closure:
+        raise GrowthError(
+            f"how.{how.name} tries growth on the model itself, which fully_shard has sharded; use a method that does "
+            "not need the loss again (how.GradMax), or grow before fully_shard"
+        )
+    how.check_optimizers(optimizers)
+    inner, replicas = unwrap(model), replicas_of(model)
+    seed, stage = sites.sizes(inner), newest_stage(inner) + 1
+    starts: dict[str, Start] = {}
+    swapped: list[str] = []
+    with torch.no_grad(), contextlib.ExitStack() as undone:
+        for name, count in wanted.items() if not how.rewrites else ():
+            with _gathered(inner, sites[name]), together(replicas):
+                starts[name] = _start(Newborns(inner, sites, sites[name], count), how, seen)
+        for name, count in wanted.items():
+            site = sites[name]
+            with _gathered(inner, site), together(replicas):
+                builder = EditBuilder(inner, sites, {name: count}, how.rewrites, seed)
+                if how.rewrites:
+                    starts[name] = _start(builder.newborns(site), how, seen)
+                builder.add(site, starts[name])
+                edits = builder.edits([name] if how.swaps(site) else [])
+            _share(replicas, edits)
+            undone.callback(
+                widen(
+                    inner,
+                    edits.tensors,
+                    attributes=edits.attributes,
+                    swaps=edits.swaps,
+                    optimizers=optimizers,
+                    also=also,
+                    stage=stage,
+                )
+            )
+            swapped += [swap.name for swap in edits.swaps]
+        undone.pop_all()
+    return starts, swapped
+
+
+def _gathered(model: nn.Module, site: Site) -> contextlib.AbstractContextManager[None]:
+    return gathered(model, [slot.tensor for slot in site.slots])
+
+
+def _share(replicas: Replicas | None, edits: Edits) -> None:
+    """What is drawn at random is drawn on one rank."""
+    if replicas is not None:
+        parts = [part for edit in edits.tensors for part in (edit.fresh, edit.scale, edit.shift)]
+        replicas.share_([part for part in parts if isinstance(part, Tensor)])
+
+
+def _start(newborns: Newborns, how: How, seen: Observation | None) -> Start:
+    """How one site's units begin, from its directions where the method wants any."""
+    name = newborns.site.name
+    if how.needs_directions:
+        assert seen is not None
+        rank = how.rank(newborns.site, newborns.units)
+        newborns.directions = seen.solution(how.name, name, rank) if how.solves else seen.site_directions(name, rank)
+    return how.start(newborns)
 
 
 def _started(
@@ -193,16 +284,9 @@ def _started(
 ) -> tuple[dict[str, Start], Edits]:
     builder = EditBuilder(model, sites, units, how.rewrites)
     starts: dict[str, Start] = {}
-    for name, count in units.items():
+    for name in units:
         site = sites[name]
-        newborns = builder.newborns(site)
-        if how.needs_directions:
-            assert seen is not None
-            rank = how.rank(site, count)
-            newborns.directions = (
-                seen.solution(how.name, name, rank) if how.solves else seen.site_directions(name, rank)
-            )
-        starts[name] = how.start(newborns)
+        starts[name] = _start(builder.newborns(site), how, seen)
         builder.add(site, starts[name])
     return starts, builder.edits([name for name in units if how.swaps(sites[name])])
 
@@ -254,7 +338,7 @@ def inputs_of(model: nn.Module, closure: Callable[[], Tensor]) -> Any:
     """The arguments that the closure's own call gives the model."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     hook = unwrap(model).register_forward_pre_hook(
-        lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+        lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True, prepend=True
     )
     try:
         with preserved(model), torch.no_grad():
@@ -276,10 +360,13 @@ def finalize(model: nn.Module) -> nn.Module:
     Layers that were inserted stay, as the model's own, under the names they have.
     For ONNX, export and deployment; the forward pass does not change. Returns the model.
     """
+    renewals = Renewals([unwrap(model)])
     for module in list(unwrap(model).modules()):
         for child_name, child in list(module.named_children()):
             plain = child.as_graph() if isinstance(child, Beside) else original(child)
             if plain is not None:
+                for container, key, value in renewals.follow(child, plain):
+                    container[key] = value
                 setattr(module, child_name, plain)
     clear(unwrap(model))
     forget(unwrap(model))

@@ -22,6 +22,7 @@ from .names import find_module
 from .natural import natural_directions
 from .observe import Observation
 from .observe import observe as Observer
+from .sharded import whole as whole_tensor
 from .sites import Site, Sites, tensors_of, unwrap
 from .trial import find_sites
 from .when import When
@@ -172,7 +173,9 @@ class Grower:
     def _gains(self, seen: Observation) -> dict[str, float]:
         """What growth would gain, relative to what the present parameters' gradient gains."""
         squares = [
-            p.grad.detach().float().square().sum() for p in unwrap(self.model).parameters() if p.grad is not None
+            whole_tensor(p.grad.detach().float().square().sum())
+            for p in unwrap(self.model).parameters()
+            if p.grad is not None
         ]
         present = float(torch.stack(squares).sum()) if squares else 0.0
         found = seen.all_directions()
@@ -184,7 +187,7 @@ class Grower:
         """Once after each optimizer step; with ``metric=`` at the end of an epoch (counts no step).
 
         closure: returns the loss of a batch: where a growth is armed, it is measured and carried out now.
-        Under DistributedDataParallel every rank calls it; a metric is averaged over the ranks.
+        Under DistributedDataParallel or FSDP2 every rank calls it; a metric is averaged over the ranks.
         Returns the `GrowthReport` where the model grew.
         """
         if metric is None:

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from . import ops
 from .distributed import replicas_of, together
 from .errors import GrowthError
-from .names import find_module
+from .names import find_module, find_tensor
 from .replay import Capture
 from .site_solving import SiteSolving
 from .site_view import Solver
@@ -260,19 +260,19 @@ class observe:
         consumers = {name for site in self._targets for name in site.consumers}
         watched = producers | consumers | (set(self.sites.layers) if self._nagn else set())
         self._hook(self.model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True))
-        by_weight: dict[int, str] = {}
+        functional: dict[str, tuple[nn.Module, str]] = {}
         for name in watched:
             module = find_module(self.model, name)
             if module is not None:
                 watch = self._watcher(name, name in producers, name in consumers)
                 self._hook(module.register_forward_hook(watch, with_kwargs=True))
             else:
-                weight = dict(self.model.named_parameters(remove_duplicate=False)).get(name)
-                if weight is None:
+                place = find_tensor(self.model, name)
+                if place is None:
                     raise GrowthError(f"layer {name!r} is not in this model: the sites were found in another one")
-                by_weight[id(weight)] = name
-        if by_weight:
-            self._stack.enter_context(_FunctionalLayers(by_weight, producers, consumers, self._saw))
+                functional[name] = place
+        if functional:
+            self._stack.enter_context(_FunctionalLayers(functional, producers, consumers, self._saw))
         if self._nagn:
             for info in self.sites.layers.values():
                 if info.norm is not None and (norm := find_module(self.model, info.norm)) is not None:
@@ -462,10 +462,14 @@ class _FunctionalLayers(TorchFunctionMode):
     """Sees F.linear, F.conv2d, ... with weights that no layer module owns."""
 
     def __init__(
-        self, by_weight: Mapping[int, str], producers: set[str], consumers: set[str], saw: Callable[..., None]
+        self,
+        places: Mapping[str, tuple[nn.Module, str]],
+        producers: set[str],
+        consumers: set[str],
+        saw: Callable[..., None],
     ) -> None:
         super().__init__()
-        self._by_weight = by_weight
+        self._places = places
         self._producers = producers
         self._consumers = consumers
         self._saw = saw
@@ -477,8 +481,10 @@ class _FunctionalLayers(TorchFunctionMode):
         result = func(*args, **kwargs)
         if not isinstance(result, Tensor) or len(args) < 2 or not isinstance(args[0], Tensor):
             return result
+        # Looked up anew: FSDP puts full parameters in the places of sharded ones for the call.
+        by_weight = {id(getattr(module, leaf)): name for name, (module, leaf) in self._places.items()}
         for operand in (*args[1:], *kwargs.values()):
-            name = self._by_weight.get(id(operand)) or self._by_weight.get(id(getattr(operand, "_base", None)))
+            name = by_weight.get(id(operand)) or by_weight.get(id(getattr(operand, "_base", None)))
             if name is not None and isinstance(operand, Tensor) and operand.dim() >= 2:
                 self._saw(name, name in self._producers, name in self._consumers, args[0], result)
         return result

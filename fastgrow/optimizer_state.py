@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .enlarge import Enlargement, Fill
 from .errors import GrowthError
+from .sharded import is_sharded, part, whole
 
 __all__ = ["Carried", "GrownParameter", "carry", "holds", "unwrapped"]
 
@@ -51,7 +52,7 @@ def _rprop_step_size(optimizer: Any, group: Mapping[str, Any], grown: GrownParam
 
 def _asgd_average(optimizer: Any, group: Mapping[str, Any], grown: GrownParameter) -> Fill:
     # A new parameter's average starts at its own value (mu = 1 at first); zero would stay in it once mu < 1.
-    return grown.new.detach()
+    return whole(grown.new).detach()
 
 
 def _both_parts(value: float, grown: GrownParameter) -> Fill:
@@ -155,7 +156,7 @@ def _carry_entry(optimizer: Any, group: Mapping[str, Any], name: str, value: obj
         if _has_tensor(value):
             raise _refusal(optimizer, name, grown, f"is a {type(value).__name__} that holds tensors")
         return value
-    if type(value) not in (Tensor, nn.Parameter, FakeTensor):
+    if type(value) not in (Tensor, nn.Parameter, FakeTensor) and not is_sharded(value):
         raise _refusal(optimizer, name, grown, f"is a {type(value).__name__}, not a plain tensor")
     enlargement = _enlargement_of(name, value, grown)
     if enlargement is None:
@@ -163,7 +164,8 @@ def _carry_entry(optimizer: Any, group: Mapping[str, Any], name: str, value: obj
             return value
         raise _refusal(optimizer, name, grown, f"has shape {tuple(value.shape)}")
     fresh = next((rule for (kind, key), rule in _FRESH.items() if key == name and isinstance(optimizer, kind)), None)
-    return enlargement.place(value, fresh and fresh(optimizer, group, grown))
+    placed = enlargement.place(whole(value), fresh and fresh(optimizer, group, grown))
+    return part(placed, value) if is_sharded(value) else placed
 
 
 def _enlargement_of(name: str, value: Tensor, grown: GrownParameter) -> Enlargement | None:

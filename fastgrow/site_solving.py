@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -14,7 +15,8 @@ from .growth_map import growth_map
 from .names import find_module
 from .operators import LinearMap
 from .pairs import signed_pairs
-from .replay import Capture
+from .replay import Capture, tensors_read
+from .sharded import gathered
 from .site_view import SiteView, Solver
 from .sites import Site, Sites
 from .solve import Directions, solve
@@ -43,7 +45,7 @@ class SiteSolving:
         """The leading directions of every target, all plain ones solved together."""
         apart = {site.name for site in targets if has_blocks(site) or self._normed_together(site)}
         whole = [site for site in targets if site.name not in apart]
-        with together(self.replicas):
+        with self._gathered(*whole), together(self.replicas):
             maps = [self._map(site, captures, weights) for site in whole]
         names = [site.name for site in whole]
         self._maps = dict(zip(names, maps, strict=True))
@@ -55,7 +57,8 @@ class SiteSolving:
                 directions[site.name] = self._pooled(site, captures, weights, partial(self._alone, site))
             elif site.name in self.signed:
                 plain = directions[site.name]
-                directions[site.name] = self._pairs(site, captures, weights, plain, solved)
+                with self._gathered(site):
+                    directions[site.name] = self._pairs(site, captures, weights, plain, solved)
         return directions
 
     def by(
@@ -98,6 +101,12 @@ class SiteSolving:
     def _map(self, site: Site, captures: Sequence[Capture], weights: Sequence[float]) -> LinearMap:
         return growth_map(self.model, self.sites, site, captures, weights, bias=self.bias)
 
+    def _gathered(self, *targets: Site, weights: bool = False) -> AbstractContextManager[None]:
+        """What sites of a sharded model are solved from; weights: those of their producers and consumers too."""
+        names = {name for site in targets for name in tensors_read(self.sites, site)}
+        own = {slot.tensor for site in targets for slot in site.slots} if weights else set()
+        return gathered(self.model, names | own)
+
     def _view(
         self,
         solver: Solver,
@@ -122,4 +131,5 @@ class SiteSolving:
             return function(captures, weights)
         layers = frozenset(site.layers)
         own = [capture.of(layers) for capture in captures]
-        return self.replicas.on_first(own, weights, function, joined=self._normed_together(site))
+        with self._gathered(site, weights=True):
+            return self.replicas.on_first(own, weights, function, joined=self._normed_together(site))

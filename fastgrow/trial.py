@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .edits import attribute_edits
 from .layout import size
+from .sharded import as_written, wrapped_modules
 from .sites import Sites, as_call, discover, tensors_of, unwrap, without_hooks
 
 __all__ = ["fake_copy", "find_sites", "forward_flops", "trial"]
@@ -33,12 +34,16 @@ def find_sites(
     followed from op to op, and every site is tried on a widened copy that holds shapes only. The model
     is left as it was found.
 
-    model: any module, also behind ``torch.compile`` or DistributedDataParallel.
+    model: any module, also behind ``torch.compile`` or DistributedDataParallel, or wrapped by ``fully_shard``.
     example_inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments).
     include, exclude: name patterns (``fnmatch``) of the sites wanted, or of any of their producers.
     raises: GrowthError where the model cannot be exported, or where a pattern matches nothing.
     """
-    sites = discover(model, example_inputs, include=include, exclude=exclude)
+    exported, inputs = model, example_inputs
+    if wrapped_modules(model):  # no export follows sharded parameters; shapes are all that it needs
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        exported, inputs = fake_copy(model, mode), _fake(mode, example_inputs)
+    sites = discover(exported, inputs, include=include, exclude=exclude)
     if not sites:
         return sites
     smallest = {site.name: site.multiple for site in sites}
@@ -74,14 +79,16 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode, shapes: Mapping[str, Seque
                 shape = shapes.get(name, tensor.shape)
                 fake = torch.empty(tuple(shape), dtype=tensor.dtype, device=tensor.device)
                 memo[id(tensor)] = nn.Parameter(fake, False) if isinstance(tensor, nn.Parameter) else fake
-    with without_hooks(inner):
+    with without_hooks(inner), as_written(inner):
         return copy.deepcopy(inner, memo)
 
 
+def _fake(mode: FakeTensorMode, tensors: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: mode.from_tensor(t.detach(), static_shapes=True), tensors)
+
+
 def _run(model: nn.Module, mode: FakeTensorMode, example_inputs: Any) -> list[tuple[int, ...]]:
-    args, kwargs = pytree.tree_map_only(
-        Tensor, lambda t: mode.from_tensor(t.detach(), static_shapes=True), as_call(example_inputs)
-    )
+    args, kwargs = _fake(mode, as_call(example_inputs))
     with mode, torch.no_grad():
         output = model(*args, **kwargs)
     return [tuple(t.shape) for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from .enlarge import Enlargement
 from .errors import GrowthError
 from .names import find_module, find_tensor, innermost, is_wrapper
 from .optimizer_state import GrownParameter, carry, holds, unwrapped
+from .sharded import Renewals, is_sharded, part, whole
 
 __all__ = ["AttributeEdit", "Joining", "ModuleSwap", "TensorEdit", "widen"]
 
@@ -80,7 +81,7 @@ def widen(
     also: Iterable[nn.Module] = (),
     joining: Iterable[Joining] = (),
     stage: int | None = None,
-) -> None:
+) -> Callable[[], None]:
     """Carry out finished edits on a model, its optimizers and its copies, in one transaction.
 
     Every edited parameter becomes a new ``nn.Parameter`` (of the same class) of the same dtype, device,
@@ -95,7 +96,9 @@ def widen(
     joining: parameters of swapped modules that no optimizer holds yet.
     stage: recorded for every new index (`stages`); by default one more than the newest in the model.
 
-    Parameters may be fake tensors or lie on the meta device, but no FakeTensorMode may be active.
+    Parameters may be fake tensors or lie on the meta device, but no FakeTensorMode may be active. Those sharded
+    by ``fully_shard`` are gathered one at a time and sharded again, as their optimizer states are (all ranks call).
+    Returns a function that takes everything back, for as long as nothing else has changed these tensors.
     Raises `GrowthError` for edits that don't fit; after any exception all is as it was before.
     """
     # New tensors made in inference mode could never be trained.
@@ -104,7 +107,7 @@ def widen(
             model, tuple(edits), tuple(attributes), tuple(swaps), tuple(optimizers), tuple(also), stage
         )
         plan.join(tuple(optimizers), tuple(joining))
-        plan.commit()
+        return plan.commit()
 
 
 _ABSENT = object()
@@ -117,8 +120,13 @@ class _Plan:
     assignments: list[tuple[Any, Any, Any]] = field(default_factory=list)
     told: list[tuple[Any, Tensor, dict[int, Tensor]]] = field(default_factory=list)
 
-    def commit(self) -> None:
+    def commit(self) -> Callable[[], None]:
         undo: list[tuple[Any, Any, Any]] = []
+
+        def take_back() -> None:
+            for entry in reversed(undo):
+                _assign(*entry)
+
         try:
             for container, key, value in self.assignments:
                 before = container[key] if isinstance(container, list) else container.get(key, _ABSENT)
@@ -127,9 +135,9 @@ class _Plan:
             for optimizer, parameter, born in self.told:
                 optimizer.grown(parameter, born)
         except BaseException:
-            for entry in reversed(undo):
-                _assign(*entry)
+            take_back()
             raise
+        return take_back
 
     @classmethod
     def prepare(
@@ -155,10 +163,12 @@ class _Plan:
         plan = cls()
         grown: dict[int, GrownParameter] = {}
         edited: dict[int, TensorEdit] = {}
+        renewals = Renewals(roots)
         for root in roots:
             for edit in edits:
-                _build(root, edit, _whose(root, model), grown, edited)
-        replaced = plan._swap_modules(roots, swaps)
+                _build(root, edit, _whose(root, model), grown, edited, renewals)
+        plan.assignments += renewals.assignments
+        replaced = plan._swap_modules(roots, swaps, renewals)
         for root in roots:
             plan._edit_attributes(root, attributes, _whose(root, model), replaced)
         plan._swap_tensors(roots, grown, replaced, stage, optimizers)
@@ -232,7 +242,9 @@ class _Plan:
                 "holds the present one it follows; add that one first, or insert without optimizer= and add_param_group"
             )
 
-    def _swap_modules(self, roots: Sequence[nn.Module], swaps: Sequence[ModuleSwap]) -> dict[int, nn.Module]:
+    def _swap_modules(
+        self, roots: Sequence[nn.Module], swaps: Sequence[ModuleSwap], renewals: Renewals
+    ) -> dict[int, nn.Module]:
         """id(old module) -> the one that owns its tensors from now on."""
         places: dict[int, list[tuple[nn.Module, str]]] = {}
         for parent in _modules(roots) if swaps else ():
@@ -254,6 +266,7 @@ class _Plan:
             if not any(module is old for module in new.modules()):
                 _take_over(name, old, new)
                 owners[id(old)] = new
+                self.assignments += renewals.follow(old, new)
         return owners
 
     def _edit_attributes(
@@ -289,6 +302,7 @@ def _build(
     whose: str,
     grown: dict[int, GrownParameter],
     edited: dict[int, TensorEdit],
+    renewals: Renewals,
 ) -> None:
     """Make one edit's new tensor and enter it in `grown`; nothing where it is there already."""
     found = find_tensor(root, edit.tensor)
@@ -301,8 +315,6 @@ def _build(
     what = f"{whose}: {edit.tensor!r}"
     if is_lazy(old):
         raise GrowthError(f"{what} has no shape yet; run one batch through the model first")
-    if hasattr(old, "device_mesh"):
-        raise GrowthError(f"{what} is sharded over a device mesh; gather it, grow, and shard again")
     if old.layout != torch.strided or old.is_quantized:
         raise GrowthError(f"{what} is {old.layout}, quantized={old.is_quantized}; wanted a dense tensor")
     previous = edited.get(id(old))
@@ -324,13 +336,17 @@ def _build(
         raise GrowthError(
             f"{what}: shift has shape {tuple(edit.shift.shape)}, which doesn't broadcast to {enlargement.old}"
         )
-    new = enlargement.place(old.detach(), edit.fresh, edit.scale, edit.shift)
-    if parameter is not None:
+    new = enlargement.place(whole(old).detach(), edit.fresh, edit.scale, edit.shift)
+    if is_sharded(old):
+        new = renewals.renewed(what, old, new)
+        _take_hooks(old, new)
+    elif parameter is not None:
         new = _parameter_like(parameter, new)
     if not isinstance(old, FakeTensor):
         vars(new).update(vars(old))
     if old.grad is not None:
-        new.grad = enlargement.place(old.grad)
+        gradient = enlargement.place(whole(old.grad))
+        new.grad = part(gradient, old.grad) if is_sharded(old.grad) else gradient
     grown[id(old)] = GrownParameter(edit.tensor, old, new, enlargement)
     edited[id(old)] = edit
 
@@ -343,11 +359,15 @@ def _parameter_like(old: nn.Parameter, values: Tensor) -> Tensor:
         new = nn.Parameter(values, requires_grad=old.requires_grad)
     if getattr(old, "grad_dtype", old.dtype) != old.dtype:
         new.grad_dtype = old.grad_dtype
+    _take_hooks(old, new)
+    return new
+
+
+def _take_hooks(old: Tensor, new: Tensor) -> None:
     if old._backward_hooks is not None:
         new._backward_hooks = old._backward_hooks
     if old._post_accumulate_grad_hooks is not None:
         new._post_accumulate_grad_hooks = old._post_accumulate_grad_hooks
-    return new
 
 
 def _take_over(name: str, old: nn.Module, new: nn.Module) -> None:

@@ -103,6 +103,11 @@ class GrowingOptimizer(torch.optim.Optimizer):
                 raise GrowthError(
                     f"{type(self).__name__}({name}=True) cannot update grown parameters; give {name}=False"
                 )
+        if hasattr(parameter, "device_mesh"):
+            raise GrowthError(
+                f"{type(self).__name__} updates a grown parameter block by block and cannot where it is sharded "
+                "(fully_shard); use an optimizer of torch.optim"
+            )
         if parameter.is_complex():
             raise GrowthError(
                 f"a parameter of shape {tuple(parameter.shape)} is {parameter.dtype}; fastgrow.optim updates "

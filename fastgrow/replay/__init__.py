@@ -3,5 +3,14 @@
 from .activations import derivative_from_the_right
 from .map import ReplayMap, consumer_gradient, consumer_pullback
 from .middle import Capture, Replay
+from .reads import tensors_read
 
-__all__ = ["Capture", "Replay", "ReplayMap", "consumer_gradient", "consumer_pullback", "derivative_from_the_right"]
+__all__ = [
+    "Capture",
+    "Replay",
+    "ReplayMap",
+    "consumer_gradient",
+    "consumer_pullback",
+    "derivative_from_the_right",
+    "tensors_read",
+]
