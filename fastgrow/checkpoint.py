@@ -2,7 +2,7 @@
 
 The file is read by ``torch.load(weights_only=True)``: it holds tensors, numbers, strings, lists and dicts,
 never pickled code. A model is first rebuilt (`Structure`: shapes, index maps and stages, module attributes,
-replaced activations; no sites are needed), then its values are copied in.
+replaced modules; no sites are needed), then its values are copied in.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from . import stages
 from .distributed import replicas_of
 from .errors import GrowthError
 from .names import is_wrapper
-from .nn import original, twin
+from .nn import is_twin, twin
 from .optimizer_state import unwrapped
 from .sites import unwrap
 from .widen import AttributeEdit, ModuleSwap, TensorEdit, widen
@@ -59,7 +59,7 @@ def save(
     rng: include torch's random state of the CPU and of every CUDA device. values=False: neither weights nor
     optimizer states, for a file beside a checkpoint that another program writes.
     The file holds all parameters and buffers (those that are not saved by ``state_dict()`` only where they
-    grew), widths, the module attributes that growth changed, replaced activations, the stage of each unit,
+    grew), widths, the module attributes that growth changed, replaced modules, the stage of each unit,
     optimizer states, and the Grower's policies and history. A learning-rate scheduler or a GradScaler has a
     ``state_dict()`` of its own: it is the caller's to keep.
 
@@ -155,9 +155,7 @@ def structure_of(model: nn.Module) -> dict[str, Any]:
             for name, module in modules.items()
             if stages.edited_attributes(module)
         },
-        "activations": {
-            name: type(module).__name__ for name, module in modules.items() if original(module) is not None
-        },
+        "activations": {name: type(module).__name__ for name, module in modules.items() if is_twin(module)},
     }
 
 
@@ -198,12 +196,12 @@ def rebuild(
     for name, kind in structure["activations"].items():
         standing = modules.get(name)
         replacement = None if standing is None else twin(standing)
-        if standing is not None and original(standing) is not None and type(standing).__name__ == kind:
+        if standing is not None and is_twin(standing) and type(standing).__name__ == kind:
             continue
         if replacement is None or type(replacement).__name__ != kind:
             seen = "nothing" if standing is None else f"a {type(standing).__name__}"
             raise GrowthError(
-                f"{source} holds another architecture: {name!r} is the activation {kind}, the model has {seen}"
+                f"{source} holds another architecture: {name!r} is a fastgrow.nn.{kind}, the model has {seen}"
             )
         swaps.append(ModuleSwap(name, replacement))
     roots = [unwrap(model), *also]

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .edits import attribute_edits
 from .layout import size
+from .nn import attention_traced
 from .sites import Sites, as_call, discover, tensors_of, unwrap, without_hooks
 
 __all__ = ["fake_copy", "find_sites", "forward_flops", "trial"]
@@ -82,7 +83,7 @@ def _run(model: nn.Module, mode: FakeTensorMode, example_inputs: Any) -> list[tu
     args, kwargs = pytree.tree_map_only(
         Tensor, lambda t: mode.from_tensor(t.detach(), static_shapes=True), as_call(example_inputs)
     )
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), attention_traced(model):
         output = model(*args, **kwargs)
     return [tuple(t.shape) for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
 

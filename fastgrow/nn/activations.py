@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["LeakyReLU", "PReLU", "ReLU", "ReLU6", "original", "twin"]
+__all__ = ["LeakyReLU", "PReLU", "ReLU", "ReLU6"]
 
 
 def relu(input: Tensor) -> Tensor:
@@ -18,6 +18,8 @@ def relu(input: Tensor) -> Tensor:
 
     ``x > -tiny`` holds for exactly the x that are >= 0, tiny being the smallest number of the dtype.
     """
+    if input.is_nested and not (torch.is_grad_enabled() and input.requires_grad):
+        return F.relu(input)  # nested tensors have no threshold; nn.TransformerEncoder makes them for inference
     return F.threshold(input, -torch.finfo(input.dtype).smallest_normal * torch.finfo(input.dtype).eps, 0.0)
 
 
@@ -48,34 +50,3 @@ class PReLU(nn.PReLU):
     def forward(self, input: Tensor) -> Tensor:
         slope = self.weight.reshape(-1, *[1] * (input.dim() - 2)) if input.dim() > 1 else self.weight
         return torch.where(input < 0, input * slope, input)
-
-
-_TWINS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.ReLU: ReLU,
-    nn.ReLU6: ReLU6,
-    nn.LeakyReLU: LeakyReLU,
-    nn.PReLU: PReLU,
-}
-
-
-def _recast(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
-    other = kind.__new__(kind)
-    other.__dict__ = module.__dict__.copy()
-    return other
-
-
-def twin(module: nn.Module) -> nn.Module | None:
-    """The module with derivative 1 at 0 that stands in for a torch activation; None where none is needed.
-
-    It shares the original's parameters, hooks and attributes. A ``nn.Hardtanh`` over [0, 6] counts as ReLU6.
-    """
-    kind = _TWINS.get(type(module))
-    return None if kind is None else _recast(module, kind)
-
-
-def original(module: nn.Module) -> nn.Module | None:
-    """Torch's own activation for one of ours; None for any other module."""
-    for torch_kind, our_kind in _TWINS.items():
-        if type(module) is our_kind:
-            return _recast(module, torch_kind)
-    return None
