@@ -235,4 +235,6 @@ def trace_model(model: nn.Module, example_inputs: Any) -> Trace:
         for node in program.graph.output_node().args[0]
         if isinstance(node, Node) and node.name in users and isinstance(node.meta.get("val"), Tensor)
     )
-    return Trace(_inline_regions(program.graph_module), tensors, inputs, constants, shapes, outputs)
+    module = _inline_regions(program.graph_module)
+    module.graph.eliminate_dead_code()  # what nobody reads (attention weights that were not asked for) ties nothing
+    return Trace(module, tensors, inputs, constants, shapes, outputs)

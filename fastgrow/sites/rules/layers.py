@@ -87,6 +87,7 @@ def _contract(p: Propagation, node: Node, left: Any, right: Any) -> Dims:
     batch = p.tracker.broadcast([first[:-2], second[:-2]], "two tensors are multiplied along it")
     for dim in batch[1:]:
         p.tracker.mark_heads(dim)
+        p.tracker.freeze(second[-1], "it is a head's size, or a sequence")
     p.tracker.freeze(first[-1], "two activations are contracted along it (the attention's scale depends on its size)")
     return [*batch, first[-2], second[-1]]
 
