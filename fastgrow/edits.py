@@ -290,6 +290,12 @@ class EditBuilder:
         for name in dict.fromkeys(names):
             module = find_module(self.model, name)
             replacement = twin(module) if module is not None else None
+            if replacement is not None and not name:
+                kind = type(replacement).__name__
+                raise GrowthError(
+                    f"the model itself is a torch.nn.{kind}, which cannot be replaced from inside; put it into a "
+                    f"module (nn.Sequential), or build it as fastgrow.nn.{kind}"
+                )
             if replacement is not None:
                 result.swaps.append(ModuleSwap(name, replacement))
         return result

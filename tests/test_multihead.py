@@ -199,6 +199,19 @@ def test_built_on_its_own() -> None:
     assert fg.nn.MultiheadAttention(E, HEADS).in_proj_weight.shape == (3 * E, E)
 
 
+def test_grown_without_a_module_around_it() -> None:
+    query = torch.randn(4, 2, E)
+    inputs = {"query": query, "key": query, "value": query, "need_weights": False}
+    sites = fg.find_sites(nn.MultiheadAttention(E, HEADS), inputs)
+    with pytest.raises(fg.GrowthError, match="the model itself is a torch.nn.MultiheadAttention"):
+        fg.grow(nn.MultiheadAttention(E, HEADS), {"in_proj_weight": 1}, Blank(), sites=sites)
+    ours = fg.nn.MultiheadAttention(E, HEADS)
+    before = ours(**inputs)[0]
+    fg.grow(ours, {"in_proj_weight": 1}, sites=sites, closure=lambda: ours(**inputs)[0].square().mean())
+    assert ours.num_heads == HEADS + 1
+    assert_close(ours(**inputs)[0], before, torch.float32, 64)
+
+
 # -- discovery -----------------------------------------------------------------------------------------
 
 
@@ -263,7 +276,14 @@ def test_what_cannot_grow_says_why() -> None:
             return self.attention(x, x, x, attn_mask=mask, need_weights=False)[0]
 
     sites = fg.find_sites(Masked(), (torch.randn(3, 4, E), torch.randn(3 * HEADS, 4, 4)))
-    assert "3D attn_mask" in sites.frozen[name]
+    assert "the attention mask has a part for each head" in sites.frozen[name]
+
+    class Alibi(Masked):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return super().forward(x, mask.repeat_interleave(self.attention.num_heads, 0))
+
+    sites = fg.find_sites(Alibi(), (torch.randn(3, 4, E), torch.randn(3, 4, 4)))
+    assert "the attention mask has a part for each head" in sites.frozen[name]
 
     class Own(nn.MultiheadAttention):
         pass

@@ -71,8 +71,9 @@ def attention_opened(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module in opened:
-            if type(module) is MultiheadAttention and module.fits_torch:  # not grown meanwhile
-                module.__class__ = nn.MultiheadAttention
+            if isinstance(module, MultiheadAttention) and not module.fits_torch:  # it has grown meanwhile
+                continue
+            module.__class__ = nn.MultiheadAttention
 
 
 @contextlib.contextmanager

@@ -178,5 +178,10 @@ def _attention(p: Propagation, node: Node, a: dict[str, Any]) -> Dims:
                 p.tracker.unify(mine, its, "query and key heads differ")
     for dim in heads:
         p.tracker.mark_heads(dim)
+    for its, dim in zip(reversed(p.of(a["attn_mask"])[:-2]), reversed(heads), strict=False):
+        if p.tracker.size(its) > 1:
+            if any(p.tracker.frozen(axis) is not None for axis in p.tracker.axes(its)):
+                p.tracker.freeze(dim, "the attention mask has a part for each head, and none for a new one")
+            p.tracker.unify(its, dim, "the attention mask has another number of heads")
     p.tracker.unify(key[-2], value[-2], "key and value have different lengths")
     return [*[p.tracker.resolve(dim) for dim in query[:-1]], value[-1]]
