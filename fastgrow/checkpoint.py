@@ -2,7 +2,7 @@
 
 The file is read by ``torch.load(weights_only=True)``: it holds tensors, numbers, strings, lists and dicts,
 never pickled code. A model is first rebuilt (`Structure`: shapes, index maps and stages, module attributes,
-replaced activations; no sites are needed), then its values are copied in.
+replaced modules; no sites are needed), then its values are copied in.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .distributed import replicas_of, together
 from .errors import GrowthError
 from .insertions import Insertion, insertions, reinsert
 from .names import is_wrapper
-from .nn import original, twin
+from .nn import is_twin, twin
 from .optimizer_state import unwrapped
 from .sharded import collected, copy_into, is_sharded, laid_out, remembered, reshard, wrapped_modules
 from .sites import unwrap
@@ -64,8 +64,8 @@ def save(
     rng: include torch's random state of the CPU and of every CUDA device. values=False: neither weights nor
     optimizer states, for a file beside a checkpoint that another program writes.
     The file holds all parameters and buffers (those that are not saved by ``state_dict()`` only where they
-    grew), widths, inserted layers, the module attributes that growth changed, replaced activations, the stage of
-    each unit, optimizer states, and the Grower's policies and history. A learning-rate scheduler or a GradScaler has a
+    grew), widths, inserted layers, the module attributes that growth changed, replaced modules, the stage of each
+    unit, optimizer states, and the Grower's policies and history. A learning-rate scheduler or a GradScaler has a
     ``state_dict()`` of its own: it is the caller's to keep.
 
     The file appears complete or not at all. Save before `fg.finalize`, which forgets how the model came by its
@@ -168,9 +168,7 @@ def structure_of(model: nn.Module) -> dict[str, Any]:
             for name, module in modules.items()
             if stages.edited_attributes(module)
         },
-        "activations": {
-            name: type(module).__name__ for name, module in modules.items() if original(module) is not None
-        },
+        "activations": {name: type(module).__name__ for name, module in modules.items() if is_twin(module)},
         "inserted": {name: asdict(insertion) for name, insertion in insertions(unwrap(model)).items()},
     }
 
@@ -224,12 +222,12 @@ def _rebuild(roots: Sequence[nn.Module], structure: Structure, optimizers: Seque
     for name, kind in structure["activations"].items():
         standing = modules.get(name)
         replacement = None if standing is None else twin(standing)
-        if standing is not None and original(standing) is not None and type(standing).__name__ == kind:
+        if standing is not None and is_twin(standing) and type(standing).__name__ == kind:
             continue
         if replacement is None or type(replacement).__name__ != kind:
             seen = "nothing" if standing is None else f"a {type(standing).__name__}"
             raise GrowthError(
-                f"{source} holds another architecture: {name!r} is the activation {kind}, the model has {seen}"
+                f"{source} holds another architecture: {name!r} is a fastgrow.nn.{kind}, the model has {seen}"
             )
         swaps.append(ModuleSwap(name, replacement))
     widen(model, edits, attributes=attributes, swaps=swaps, optimizers=optimizers, also=roots[1:])

@@ -43,7 +43,10 @@ def pricing(model: nn.Module, sites: Sites) -> Price:
                 continue
             source = call.node.args[0] if call.kind == "conv_transpose" else call.node
             shape = source.meta["val"].shape  # type: ignore[union-attr]
-            flops += 2.0 * lengths[call.weight] * math.prod(shape) / shape[call.channel]
+            products = lengths[call.weight] * math.prod(shape) / shape[call.channel]
+            if call.part is not None:
+                products *= size(call.part[1], sizes) / size(graph.tensor_dims[call.weight][call.out_dim], sizes)  # type: ignore[union-attr]
+            flops += 2.0 * products
         return parameters, flops
 
     return price

@@ -290,17 +290,33 @@ class EditBuilder:
                 )
 
     def edits(self, swapping: Iterable[str] = ()) -> Edits:
-        """What `widen` is given. swapping: sites whose activation modules are replaced by their twins."""
+        """What `widen` is given. swapping: sites whose activation modules are replaced by their twins.
+
+        Attention modules whose tensors change shape are replaced by theirs in any case.
+        """
         result = Edits(self._tensor_edits(), self._attribute_edits())
-        names = dict.fromkeys(
-            a.module for name in swapping for a in self.sites[name].activations if a.module is not None
-        )
-        for name in names:
+        names = [a.module for name in swapping for a in self.sites[name].activations if a.module is not None]
+        names += [name for edit in result.tensors if (name := self._attention_of(edit.tensor)) is not None]
+        for name in dict.fromkeys(names):
             module = find_module(self.model, name)
             replacement = twin(module) if module is not None else None
+            if replacement is not None and not name:
+                kind = type(replacement).__name__
+                raise GrowthError(
+                    f"the model itself is a torch.nn.{kind}, which cannot be replaced from inside; put it into a "
+                    f"module (nn.Sequential), or build it as fastgrow.nn.{kind}"
+                )
             if replacement is not None:
                 result.swaps.append(ModuleSwap(name, replacement))
         return result
+
+    def _attention_of(self, tensor: str) -> str | None:
+        """The name of the ``nn.MultiheadAttention`` that a tensor belongs to, or None."""
+        owner = tensor.rpartition(".")[0]
+        for name in (owner, owner.rpartition(".")[0]):
+            if isinstance(find_module(self.model, name), nn.MultiheadAttention):
+                return name
+        return None
 
     def _tensor_edits(self) -> list[TensorEdit]:
         return [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from .errors import GrowthError
 from .how import GradMax, How, Newborns, Start
 from .insertions import forget
 from .integrations.config import follow_configs
-from .nn import Beside, original
+from .nn import Beside, MultiheadAttention, original
 from .observe import Observation, observe
 from .plan import check_units
 from .rehearsal import Rehearsal, checked_loss, preserved
@@ -63,7 +64,7 @@ class SiteGrowth:
 class GrowthReport:
     """What one growth did.
 
-    swapped: activation modules replaced by their `fastgrow.nn` twins. seconds: of observing, solving
+    swapped: activation and attention modules replaced by their `fastgrow.nn` twins. seconds: of observing, solving
     and widening. parameters: of the network after growth. step: the Grower's step. evidence: what the
     policy saw and computed, for plots.
     """
@@ -355,11 +356,20 @@ def inputs_of(model: nn.Module, closure: Callable[[], Tensor]) -> Any:
 
 
 def finalize(model: nn.Module) -> nn.Module:
-    """Give the model back as plain torch: activations are torch's own again, nothing of fastgrow stays.
+    """Give the model back as plain torch: activations are torch's own again, and so is attention where it can be.
 
     Layers that were inserted stay, as the model's own, under the names they have.
-    For ONNX, export and deployment; the forward pass does not change. Returns the model.
+    For ONNX, export and deployment; the forward pass does not change. Returns the model. Nothing of fastgrow stays, but
+    for attention modules with more heads than ``embed_dim / head_dim``: torch's own class has no head size of its own,
+    so they remain `fastgrow.nn.MultiheadAttention`, and a warning names them. Their exports are plain torch.
     """
+    kept = [name for name, m in unwrap(model).named_modules() if isinstance(m, MultiheadAttention) and not m.fits_torch]
+    if kept:
+        warnings.warn(
+            f"{', '.join(kept)}: torch.nn.MultiheadAttention cannot have this many heads of this size, so "
+            "fastgrow.nn.MultiheadAttention stays; export the model (torch.export, ONNX) to run it without fastgrow",
+            stacklevel=2,
+        )
     renewals = Renewals([unwrap(model)])
     for module in list(unwrap(model).modules()):
         for child_name, child in list(module.named_children()):

@@ -42,6 +42,8 @@ def plain_chain(sites: Sites, site: Site) -> Chain | None:
     if [call.name for call in calls] != [site.producers[0], site.consumers[0]]:
         return None
     producer, consumer = calls
+    if producer.part is not None or consumer.part is not None:
+        return None
     if producer.kind not in ("linear", "conv") or consumer.kind not in ("linear", "conv"):
         return None
     inside = set(site.middle)

@@ -171,6 +171,11 @@ def present_rows(replay: Replay) -> dict[str, Tensor]:
 
 def _patches(node: Node, call: LayerCall, read: Tensor) -> Tensor:
     """(samples x positions, fan-in): what a consumer multiplies its weights with, and a 1 for its bias."""
+    if call.part is not None:
+        raise GrowthError(
+            f"layer {call.name!r} is called with slices of its weight on different inputs (attention from one sequence "
+            "to another), which how.TINY does not project on; use project=False"
+        )
     if call.kind == "linear":
         rows = read.reshape(-1, read.shape[-1])
     elif call.kind == "conv" and read.dim() == 4 and not isinstance(bind(node)["padding"], str):

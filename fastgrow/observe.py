@@ -20,6 +20,7 @@ from . import ops
 from .distributed import replicas_of, together
 from .errors import GrowthError
 from .names import find_module, find_tensor
+from .nn import attention_opened
 from .replay import Capture
 from .site_solving import SiteSolving
 from .site_view import Solver
@@ -256,6 +257,7 @@ class observe:
     def _install(self) -> None:
         if "torch._dynamo" in sys.modules:  # compiled code was traced without the hooks
             self._stack.enter_context(torch.compiler.set_stance("force_eager"))
+        self._stack.enter_context(attention_opened(self.model))
         producers = {name for site in self._targets for name in site.producers}
         consumers = {name for site in self._targets for name in site.consumers}
         watched = producers | consumers | (set(self.sites.layers) if self._nagn else set())

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .edits import attribute_edits
 from .layout import size
+from .nn import attention_traced
 from .sharded import as_written, wrapped_modules
 from .sites import Sites, as_call, discover, tensors_of, unwrap, without_hooks
 
@@ -89,7 +90,7 @@ def _fake(mode: FakeTensorMode, tensors: Any) -> Any:
 
 def _run(model: nn.Module, mode: FakeTensorMode, example_inputs: Any) -> list[tuple[int, ...]]:
     args, kwargs = _fake(mode, as_call(example_inputs))
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), attention_traced(model):
         output = model(*args, **kwargs)
     return [tuple(t.shape) for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
 

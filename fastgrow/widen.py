@@ -257,7 +257,7 @@ class _Plan:
                 old = find_module(root, swap.name)
                 if old is None or id(old) not in places:
                     raise GrowthError(f"{_whose(root, roots[0])} has no submodule {swap.name!r} to replace")
-                new = swap.module if old is original else copy.deepcopy(swap.module, {id(original): old})
+                new = swap.module if old is original else copy.deepcopy(swap.module, _counterparts(original, old))
                 successors.setdefault(id(old), (swap.name, old, new))
         owners: dict[int, nn.Module] = {}
         # Only now, for what a module takes over must not be copied into the copies.
@@ -370,8 +370,24 @@ def _take_hooks(old: Tensor, new: Tensor) -> None:
         new._post_accumulate_grad_hooks = old._post_accumulate_grad_hooks
 
 
+def _counterparts(original: nn.Module | None, other: nn.Module) -> dict[int, Any]:
+    """id of a module, and of what it holds itself -> the same of another copy of it."""
+    found: dict[int, Any] = {id(original): other}
+    for registry in ("_parameters", "_buffers", "_modules"):
+        theirs = getattr(other, registry)
+        for name, held in getattr(original, registry, {}).items():
+            if held is not None and theirs.get(name) is not None:
+                found[id(held)] = theirs[name]
+    return found
+
+
 def _take_over(name: str, old: nn.Module, new: nn.Module) -> None:
-    lost = [*(old._parameters.keys() - new._parameters), *(old._buffers.keys() - new._buffers), *old._modules]
+    kept = {id(child) for child in new._modules.values()}
+    lost = [
+        *(old._parameters.keys() - new._parameters),
+        *(old._buffers.keys() - new._buffers),
+        *(child_name for child_name, child in old._modules.items() if child is not None and id(child) not in kept),
+    ]
     if lost:
         raise GrowthError(
             f"{name!r} ({type(old).__name__}) can't be replaced by {type(new).__name__}: "

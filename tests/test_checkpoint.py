@@ -357,7 +357,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "another depth": (lambda: nn.Sequential(*convolutional(), nn.Linear(3, 3)), "has beside them '8.bias'"),
     "another activation": (
         lambda: nn.Sequential(*convolutional()[:2], nn.GELU(), *convolutional()[3:]),
-        "'2' is the activation ReLU, the model has a GELU",
+        "'2' is a fastgrow.nn.ReLU, the model has a GELU",
     ),
 }
 

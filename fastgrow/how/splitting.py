@@ -109,7 +109,7 @@ class Splitting(How):
             slot = site.weight(call.name, "consumer")
             columns = own_part(replay, slot)
             columns = columns if slot.dim == 1 else columns.transpose(0, 1)
-            dz = capture.gradients[call.name, number_of_call].to(replay.dtype) * weight
+            dz = replay.capture.gradients[call.name, number_of_call].to(replay.dtype) * weight
             pulls[node] = consumer_pullback(node, call, columns, values[node], dz)
 
         def written(moved: dict[str, Tensor]) -> Tensor:

@@ -117,6 +117,7 @@ class Replay:
         self._side: dict[Node, Any] = {}
         self.producers = self._calls(site.producers)
         self.consumers = self._calls(site.consumers)
+        self.capture = self._at_whole_outputs(capture)
         names = set(site.middle)
         self._order = [n for n in self.graph.trace.nodes if n.name in names or n in self.consumers]
         self._carrying = {node for node in self._order if node.name in names}
@@ -141,6 +142,18 @@ class Replay:
                 for dim, extent in zip(self.graph.dims[node], value.shape, strict=False):
                     if isinstance(dim, Leaf):
                         self.sizes[dim.axis] = extent
+
+    def _at_whole_outputs(self, capture: Capture) -> Capture:
+        """The capture with the gradients of calls with a slice of a weight set among zeros for all its outputs."""
+        gradients = dict(capture.gradients)
+        for call, number in self.consumers.values():
+            seen = gradients.get((call.name, number))
+            whole = size(self.graph.tensor_dims[call.weight][call.out_dim], self.sizes)
+            if call.part is not None and seen is not None and seen.shape[-1] != whole:
+                padded = seen.new_zeros(*seen.shape[:-1], whole)
+                padded[..., call.span(lambda layout: size(layout, self.sizes))] = seen
+                gradients[call.name, number] = padded
+        return replace(capture, gradients=gradients)
 
     def _calls(self, names: Sequence[str]) -> dict[Node, tuple[LayerCall, int]]:
         counts: dict[str, int] = {}
@@ -293,7 +306,7 @@ class Replay:
             if node not in self._carrying:
                 continue
             if node in self.producers:
-                values[node] = self._produce(node, rows, value_of)
+                values[node] = self._produce(node, rows, value_of, sizes)
             else:
                 values[node] = self._run_carrying(node, value_of, extent_of, sizes)
         return results
@@ -312,15 +325,19 @@ class Replay:
             return old.index_select(slot.dim, own.sort().values.to(old.device))
         return birth_values(slot.role, old, slot.dim, restricted_size(slot.layout, self.site.axis, sizes))
 
-    def _produce(self, node: Node, rows: Mapping[str, Tensor], value_of: Callable[[Node], Any]) -> Tensor:
+    def _produce(
+        self, node: Node, rows: Mapping[str, Tensor], value_of: Callable[[Node], Any], sizes: Mapping[int, int]
+    ) -> Tensor:
         call, number = self.producers[node]
+        axis = self.site.axis
         weight = rows[call.name]
         if call.kind == "embedding":
             return F.embedding(value_of(node.args[1]), weight.T)  # type: ignore[arg-type]
         x = self._producer_input(call, number)
         bias = rows.get(f"{call.name}.bias")
         if call.kind == "linear":
-            result = F.linear(x, weight, bias)
+            span = call.span(lambda layout: restricted_size(layout, axis, sizes) if axis in axes_of(layout) else 0)
+            result = F.linear(x, weight[span], bias if bias is None else bias[span])
             rank = len(self.graph.dims[node])
             return result.reshape(-1, result.shape[-1]) if rank == 2 and result.dim() > 2 else result
         bound = bind(node)

@@ -16,6 +16,12 @@ _OUT = {
     "producer": ("out_features", "out_channels", "embedding_dim", "nf"),
     "consumer": ("in_features", "in_channels", "nx"),
 }
+_EMBEDDINGS = {
+    "in_proj_weight": ("embed_dim", "kdim", "vdim"),
+    "q_proj_weight": ("embed_dim",),
+    "k_proj_weight": ("kdim",),
+    "v_proj_weight": ("vdim",),
+}
 _NORM = ("num_features", "num_channels", "normalized_shape")
 _QUERY_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads", "num_q_heads")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "num_key_value_head")
@@ -64,6 +70,12 @@ def attribute_rules(
             layout = Product((group, layout)) if group is not None else layout
         for attribute in _OUT.get(slot.role, ()):
             repeat(module, attribute, layout)
+        if slot.role == "consumer" and isinstance(modules[module], nn.MultiheadAttention):
+            for attribute in _EMBEDDINGS.get(leaf, ()):
+                repeat(module, attribute, layout)
+            for name, around in modules.items():
+                if isinstance(around, nn.Transformer) and (not name or module.startswith(f"{name}.")):
+                    repeat(name, "d_model", layout)
         if slot.role == "middle":
             for attribute in ("in_channels", "out_channels", "groups"):
                 repeat(module, attribute, layout)
@@ -72,7 +84,8 @@ def attribute_rules(
                 repeat(module, attribute, layout)
             if isinstance(layout, Product) and layout.parts[0] == Leaf(axis):
                 repeat(module, "num_groups", Leaf(axis))
-        parent = module.rpartition(".")[0]
+        # a weight without a layer of its own belongs to the module that uses it
+        parent = module.rpartition(".")[0] if leaf == "weight" else module
         if slot.role not in ("producer", "consumer") or parent not in modules:
             continue
         for attribute in _ALL_HEADS if heads else _HIDDEN:

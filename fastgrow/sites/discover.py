@@ -295,7 +295,12 @@ class _Assembly:
     def _gates(self, axis: int, middle: Sequence[Node]) -> tuple[Gate, ...]:
         """Producers whose values multiply the others': they must not start at zero."""
         inside = set(middle)
-        writes = {call.node: call.name for call in self.p.layers}
+        size = self.tracker.size
+        writes: dict[Node, _Written] = {}
+        for call in self.p.layers:
+            whole = size(self.tensor_dims[call.weight][call.out_dim])
+            span = call.span(size)
+            writes[call.node] = _Written(call.name, range(whole)[span], whole)
         gates: list[Gate] = []
         for node in middle:
             kind = plain_name(node)
@@ -310,7 +315,23 @@ class _Assembly:
         return tuple(dict.fromkeys(gates))
 
 
-def _sources(node: Any, inside: set[Node], writes: dict[Node, str]) -> tuple[list[Gate], int]:
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Written:
+    """What one call writes of its layer's outputs: these positions of so many."""
+
+    layer: str
+    positions: range
+    whole: int
+
+    def gate(self, part: int, parts: int) -> Gate:
+        """One of so many equal parts of what the call writes."""
+        unit = len(self.positions) // parts
+        start = self.positions.start + part * unit
+        even = unit > 0 and start % unit == 0 and self.whole % unit == 0
+        return Gate(self.layer, start // unit, self.whole // unit) if even else Gate(self.layer)
+
+
+def _sources(node: Any, inside: set[Node], writes: dict[Node, _Written]) -> tuple[list[Gate], int]:
     """What of the producers' outputs reaches a node, and how many activations (softmax too) lie on the way."""
     found: list[Gate] = []
     bends, seen = 0, set()
@@ -321,7 +342,7 @@ def _sources(node: Any, inside: set[Node], writes: dict[Node, str]) -> tuple[lis
             continue
         seen.add((current, part))
         if current in writes:
-            found.append(Gate(writes[current], *part))
+            found.append(writes[current].gate(*part))
             continue
         kind = plain_name(current)
         bends += kind in ACTIVATIONS or "softmax" in kind

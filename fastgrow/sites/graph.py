@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import GrowthError
 from ..layout import Layout
+from ..nn import attention_traced
 
 __all__ = ["Followed", "LayerCall", "Trace", "as_call", "tensor_names", "trace_model", "unwrap", "without_hooks"]
 
@@ -38,7 +39,11 @@ class Trace:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One call of a linear, convolution or embedding layer in the graph."""
+    """One call of a linear, convolution or embedding layer in the graph.
+
+    part: of a linear layer that is called with a slice of its weight (the queries' part of a packed one): the
+    outputs before the slice, and its own.
+    """
 
     name: str
     kind: str  # "linear", "conv", "conv_transpose", "grouped", "depthwise", "embedding"
@@ -48,6 +53,14 @@ class LayerCall:
     out_dim: int  # of the weight
     in_dim: int
     channel: int  # the output's channel dimension
+    part: tuple[Layout, Layout] | None = None
+
+    def span(self, length: Callable[[Layout], int]) -> slice:
+        """Where the call's outputs lie among all of the weight's, in layouts of these lengths."""
+        if self.part is None:
+            return slice(None)
+        start, own = map(length, self.part)
+        return slice(start, start + own)
 
 
 @dataclass(frozen=True)
@@ -149,15 +162,12 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     Batch norm in training mode does not export at batch size 1, and would count a batch.
     """
     norms = [module for module in model.modules() if isinstance(module, _NormBase) and module.training]
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    with without_hooks(model):
+    with without_hooks(model), attention_traced(model):
         try:
             for norm in norms:
                 norm.training = False
-            torch.backends.mha.set_fastpath_enabled(False)
             yield
         finally:
-            torch.backends.mha.set_fastpath_enabled(fastpath)
             for norm in norms:
                 norm.training = True
 
@@ -225,4 +235,6 @@ def trace_model(model: nn.Module, example_inputs: Any) -> Trace:
         for node in program.graph.output_node().args[0]
         if isinstance(node, Node) and node.name in users and isinstance(node.meta.get("val"), Tensor)
     )
-    return Trace(_inline_regions(program.graph_module), tensors, inputs, constants, shapes, outputs)
+    module = _inline_regions(program.graph_module)
+    module.graph.eliminate_dead_code()  # what nobody reads (attention weights that were not asked for) ties nothing
+    return Trace(module, tensors, inputs, constants, shapes, outputs)

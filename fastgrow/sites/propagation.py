@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..layout import Layout
+from ..layout import Concat, Layout
 from .graph import Followed, LayerCall, Trace
 from .nodes import bind, module_of, plain_name, short_name
 from .tracker import ONE, Tracker
@@ -93,7 +93,10 @@ class Propagation:
             self.trace,
             {node: settled(dims) for node, dims in self.dims.items()},
             {name: tuple(map(resolve, dims)) for name, dims in self.tensor_dims.items()},
-            tuple(self.layers),
+            tuple(
+                call if call.part is None else replace(call, part=(resolve(call.part[0]), resolve(call.part[1])))
+                for call in self.layers
+            ),
         )
 
     def of(self, value: Any) -> Dims:
@@ -105,6 +108,17 @@ class Propagation:
         while isinstance(seen, Node) and seen.op == "call_function" and short_name(seen) in _TRANSPARENT_CASTS:
             seen = seen.args[0]
         return self.trace.tensors.get(seen.name) if isinstance(seen, Node) else None
+
+    def slice_of(self, value: Any, dim: int) -> tuple[str, Layout, Layout] | None:
+        """(tensor, the part before, its own) where a value is one piece of a parameter that was cut along ``dim``."""
+        if not isinstance(value, Node) or value.target is not operator.getitem:
+            return None
+        source, index = value.args
+        name = self.tensor(source.args[0]) if short_name(source) in _CUTS else None  # type: ignore[union-attr, arg-type]
+        if name is None or bind(source)["dim"] % len(self.of(value)) != dim:  # type: ignore[arg-type]
+            return None
+        pieces = [piece[dim] for piece in self.dims[source]]  # type: ignore[index]
+        return name, Concat(tuple(pieces[:index])), pieces[index]  # type: ignore[index]
 
     def layer_name(self, node: Node, tensor: str) -> str:
         """The called module if it is a layer of its own, else the weight's own name."""
@@ -174,6 +188,7 @@ class Propagation:
 
 
 _TRANSPARENT_CASTS = {"to", "detach", "alias", "contiguous", "clone", "_to_copy", "type_as"}
+_CUTS = {"chunk", "split", "split_with_sizes", "tensor_split"}
 _LAYER_CLASSES = {
     "Linear",
     "Conv1d",

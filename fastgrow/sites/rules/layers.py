@@ -6,22 +6,30 @@ from typing import Any
 
 from torch.fx import Node
 
-from ...layout import Product
+from ...layout import Layout, Product
 from ..graph import LayerCall
 from ..nodes import shape_of, short_name
 from ..propagation import Dims, Propagation, rule
 
 
 def _record_layer(p: Propagation, node: Node, kind: str, weight: Any, bias: Any, out_dim: int, channel: int) -> None:
-    name = p.tensor(weight)
+    name, bias_name, part = p.tensor(weight), p.tensor(bias), None
     if name is None:
-        return
+        cut, bias_cut = p.slice_of(weight, out_dim), p.slice_of(bias, 0)
+        if cut is None or (bias is not None and (bias_cut is None or not _same_place(p, cut, bias_cut))):
+            return
+        name, part = cut[0], cut[1:]
+        bias_name = None if bias_cut is None else bias_cut[0]
     layer = p.layer_name(node, name)
     p.use(name, out_dim, "producer", layer)
     p.use(name, 1 - out_dim, "consumer", layer)
-    bias_name = p.tensor(bias)
     p.use(bias_name, 0, "bias", layer)
-    p.layers.append(LayerCall(layer, kind, node, name, bias_name, out_dim, 1 - out_dim, channel))
+    p.layers.append(LayerCall(layer, kind, node, name, bias_name, out_dim, 1 - out_dim, channel, part))
+
+
+def _same_place(p: Propagation, cut: tuple[str, Layout, Layout], other: tuple[str, Layout, Layout]) -> bool:
+    """Whether two slices start and end at the same positions."""
+    return all(p.tracker.size(mine) == p.tracker.size(its) for mine, its in zip(cut[1:], other[1:], strict=True))
 
 
 def _matmul_weight(p: Propagation, node: Node, x: Any, weight: Any, bias: Any, out_dim: int) -> Dims:
@@ -79,6 +87,7 @@ def _contract(p: Propagation, node: Node, left: Any, right: Any) -> Dims:
     batch = p.tracker.broadcast([first[:-2], second[:-2]], "two tensors are multiplied along it")
     for dim in batch[1:]:
         p.tracker.mark_heads(dim)
+        p.tracker.freeze(second[-1], "it is a head's size, or a sequence")
     p.tracker.freeze(first[-1], "two activations are contracted along it (the attention's scale depends on its size)")
     return [*batch, first[-2], second[-1]]
 
@@ -169,5 +178,10 @@ def _attention(p: Propagation, node: Node, a: dict[str, Any]) -> Dims:
                 p.tracker.unify(mine, its, "query and key heads differ")
     for dim in heads:
         p.tracker.mark_heads(dim)
+    for its, dim in zip(reversed(p.of(a["attn_mask"])[:-2]), reversed(heads), strict=False):
+        if p.tracker.size(its) > 1:
+            if any(p.tracker.frozen(axis) is not None for axis in p.tracker.axes(its)):
+                p.tracker.freeze(dim, "the attention mask has a part for each head, and none for a new one")
+            p.tracker.unify(its, dim, "the attention mask has another number of heads")
     p.tracker.unify(key[-2], value[-2], "key and value have different lengths")
     return [*[p.tracker.resolve(dim) for dim in query[:-1]], value[-1]]
