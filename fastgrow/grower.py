@@ -282,7 +282,8 @@ class Grower:
             widths=self.sites.widths(self.model),
             nagn=seen.nagn if seen is not None else {},
             nagn_after_norm=seen.nagn_after_norm if seen is not None else {},
-            directions=seen.directions if seen is not None and seen.has_directions else None,
+            # Each site was observed to the rank that it can grow by, which differs from site to site.
+            directions=(lambda k: seen.all_directions()) if seen is not None and seen.has_directions else None,
             natural=seen.natural if seen is not None and seen.solved("natural") else None,
             unit_parameters=unit_parameters,
             unit_flops=unit_flops,
