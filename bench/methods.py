@@ -15,7 +15,10 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +117,9 @@ class Network:
 
 
 NETWORKS = {
-    "mlp": Network(_mlp, (6, 6), (24, 24), epochs=25, lr=0.05),
-    "conv": Network(_conv, (2, 2, 4), (12, 12, 16), epochs=12, lr=0.02),
-    "conv-norm": Network(_conv_norm, (4, 4, 6, 6), (12, 12, 18, 18), epochs=12, lr=0.05),
+    "mlp": Network(_mlp, (6, 6), (24, 24), epochs=20, lr=0.05),
+    "conv": Network(_conv, (2, 2, 4), (12, 12, 16), epochs=10, lr=0.02),
+    "conv-norm": Network(_conv_norm, (4, 4, 6, 6), (12, 12, 18, 18), epochs=10, lr=0.05),
 }
 
 
@@ -128,7 +131,7 @@ class Plan:
     seeds: int
     epochs: int | None  # None: the network's own
     batch: int = 64
-    growths: int = 6
+    growths: int = 5
     momentum: float = 0.9
     weight_decay: float = 5e-4
 
@@ -139,9 +142,13 @@ class Plan:
 
 @dataclass
 class Run:
-    """One training. seconds, flops: of training and growth; growth_*: the growths' own part of them, their passes
-    included. gains: for each growth its step, the sites' (predicted, measured) decreases of the loss, those of all
-    together, what growing changed of the loss, the smallest captured norm. curve: (FLOPs, test accuracy) by epoch."""
+    """One training.
+
+    seconds (CPU time of one thread), flops: of training and growth; growth_seconds, growth_flops: the growths' own
+    part of them, with their own passes, without the measuring of gains. gains: for each growth its step, the sites'
+    [predicted, measured] decreases of the loss, those of all together, what growing changed of the loss, the
+    smallest captured norm. curve: (FLOPs, test accuracy) after each epoch.
+    """
 
     seed: int
     accuracy: float = 0.0
@@ -228,12 +235,12 @@ class Bench:
             ):
                 step += 1
                 x, y = data.train_images[rows], data.train_labels[rows]
-                started = time.perf_counter()
+                started = time.process_time()
                 F.cross_entropy(model(x), y).backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
-                run.seconds += time.perf_counter() - started
+                run.seconds += time.process_time() - started
                 run.flops += step_flops
                 if grower is None:
                     continue
@@ -244,10 +251,13 @@ class Bench:
                         counted.append(self._growth_flops(grower, how, x, y))
                     # A growth that came to nothing was looked for all the same.
                     run.growth_flops += counted[turn]
+                clocks = time.process_time(), time.perf_counter()
                 report = grower.step(closure=lambda: F.cross_entropy(model(x), y))  # noqa: B023
                 if report is not None:
                     run.gains.append(_gains(report))
-                    run.growth_seconds += report.seconds
+                    # The growth's part of the step, by the wall clock, of the CPU time that the step took.
+                    share = report.seconds / (time.perf_counter() - clocks[1])
+                    run.growth_seconds += share * (time.process_time() - clocks[0])
                     step_flops = self._step_flops(model)
             run.curve.append((run.flops + run.growth_flops, _accuracy(model, data.test_images, data.test_labels)))
         run.seconds += run.growth_seconds
@@ -328,15 +338,41 @@ def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return hits / len(labels)
 
 
-def run(plan: Plan, networks: Sequence[str], hows: Sequence[str], wheres: Sequence[str], quick: bool) -> Iterator[Cell]:
-    """Every cell, network after network, baselines first."""
+_Task = tuple[str, str, str]  # network, how or baseline, where
+_benches: dict[str, Bench] = {}
+
+
+def _carry_out(plan: Plan, quick: bool, task: _Task) -> Cell:
+    """One cell; each process keeps its networks' benches."""
+    torch.set_num_threads(1)  # networks this small only lose by being shared out
+    name, how, where = task
+    if name not in _benches:
+        # The first growth of a process loads code for seconds, which is no cell's cost.
+        Bench(name, Plan(plan.data.head(64, 32), 1, 1, batch=32, growths=1), True).cell("GradMax", "Everywhere")
+        _benches[name] = Bench(name, plan, quick)
+    bench = _benches[name]
+    return bench.cell(how, where) if where else bench.baseline(how)
+
+
+def run(
+    plan: Plan,
+    networks: Sequence[str],
+    hows: Sequence[str],
+    wheres: Sequence[str],
+    quick: bool = False,
+    jobs: int = 1,
+) -> Iterator[Cell]:
+    """Every cell in order, network after network, baselines first; `jobs` processes share them."""
+    _benches.clear()
+    tasks: list[_Task] = []
     for name in networks:
-        bench = Bench(name, plan, quick)
-        for baseline in BASELINES:
-            yield bench.baseline(baseline)
-        for how in hows:
-            for where in wheres:
-                yield bench.cell(how, where)
+        tasks += [(name, baseline, "") for baseline in BASELINES]
+        tasks += [(name, how, where) for how in hows for where in wheres]
+    if jobs == 1:
+        yield from map(partial(_carry_out, plan, quick), tasks)
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        yield from pool.map(partial(_carry_out, plan, quick), tasks)
 
 
 def line(cell: Cell) -> str:
@@ -403,6 +439,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--where", nargs="+", choices=list(WHERES), default=list(WHERES), metavar="WHERE")
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
     parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST or CIFAR-10 (default: digits)")
     parser.add_argument("--epochs", type=int, help="default: " + _epochs())
     parser.add_argument("--json", type=Path, help=f"default: {RESULTS.relative_to(ROOT)}; with --quick none")
@@ -419,18 +456,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the cells, print each as it comes, write JSON and plots."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    for name in ("seeds", "epochs"):
+    for name in ("seeds", "epochs", "jobs"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}: wanted at least 1")
-    torch.set_num_threads(1)  # networks this small only lose by being shared out
     data = load_folder(options.data) if options.data else load_digits()
     plan = Plan(data, options.seeds, options.epochs)
     if options.quick:
         plan = Plan(data.head(192, 100), 1, options.epochs or 2, batch=32, growths=2)
     started = time.perf_counter()
-    _warm_up(plan, options.networks)
     cells = []
-    for cell in run(plan, options.networks, options.methods, options.where, options.quick):
+    for cell in run(plan, options.networks, options.methods, options.where, options.quick, options.jobs):
         cells.append(cell)
         print(line(cell), flush=True)
     print(f"# {len(cells)} cells in {time.perf_counter() - started:.0f} s", flush=True)
@@ -444,10 +479,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for path in draw(cells, options.plots):
             print(f"{path} written")
     return 0
-
-
-def _warm_up(plan: Plan, networks: Sequence[str]) -> None:
-    """The first growth of a process loads code for seconds, which is no cell's cost."""
-    short = Plan(plan.data.head(64, 32), 1, 1, batch=32, growths=1)
-    for name in networks:
-        Bench(name, short, quick=True).cell("GradMax", "Everywhere")
