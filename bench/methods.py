@@ -464,15 +464,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.quick:
         plan = Plan(data.head(192, 100), 1, options.epochs or 2, batch=32, growths=2)
     started = time.perf_counter()
+    target = options.json or (None if options.quick else RESULTS)
     cells = []
     for cell in run(plan, options.networks, options.methods, options.where, options.quick, options.jobs):
         cells.append(cell)
         print(line(cell), flush=True)
+        if target is not None:  # as it goes: an interrupted run keeps what it has
+            write(target, plan, cells)
     print(f"# {len(cells)} cells in {time.perf_counter() - started:.0f} s", flush=True)
-    target = options.json or (None if options.quick else RESULTS)
-    if target is not None:
-        write(target, plan, cells)
-        print(f"{target} written")
     if options.plots is not None:
         from .plots import draw
 
