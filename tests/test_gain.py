@@ -251,3 +251,33 @@ def test_north_counts_a_flattened_map_by_channel() -> None:
         fresh = copy.deepcopy(model)
         h = torch.tanh(fresh.conv2(torch.relu(fresh.conv1(x))))
     assert report.evidence["explanation"]["conv2"]["phi"] * 5 == effective_dimension(h[:, :5], 0.05)
+
+
+# -- other policies that read what was observed -------------------------------------------------------------
+
+
+def test_one_pool_over_sites_of_different_widths() -> None:
+    """Each site is observed to a rank of its own; the pool takes what there is."""
+    model, x, y, sites = _setup(Plain())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    where = fg.where.SingularValues(budget={"parameters": 150})
+    grower = fg.Grower(model, optimizer, sites=sites, when=fg.when.Every(1), where=where)
+    before = sum(p.numel() for p in model.parameters())
+    with grower.observe():
+        F.cross_entropy(model(x), y).backward()
+    report = grower.step()
+    assert report is not None
+    assert before < report.parameters <= before + 150
+
+
+def test_a_gain_that_arms_has_seen_what_the_policy_reads() -> None:
+    torch.manual_seed(0)
+    model = Residual()
+    x, y = image_batch(dtype=torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    where = fg.where.NAGN(monotone=False, read="before_norm", threshold=0.0)
+    grower = fg.Grower(model, optimizer, example_inputs=x, when=fg.when.Gain(1e-9), where=where)
+    with grower.observe():
+        F.cross_entropy(model(x), y).backward()
+    assert grower.armed
+    assert grower.step() is not None
