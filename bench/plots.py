@@ -22,7 +22,7 @@ def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     networks = list(dict.fromkeys(cell.network for cell in cells))
     paths = []
-    with rc_context({"svg.hashsalt": "fastgrow", "font.size": 8}):
+    with rc_context({"svg.hashsalt": "fastgrow", "svg.fonttype": "none", "font.size": 8}):
         for name, height, one in (("accuracy.svg", 4.2, _accuracy), ("work.svg", 3.6, _work)):
             figure = Figure(figsize=(4.2 * len(networks), height), layout="constrained")
             for axes, network in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True):
