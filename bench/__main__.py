@@ -1,4 +1,4 @@
-"""``python -m bench [--suite ...] [--device ...] [--quick] [--out DIR]`` and ``python -m bench report``."""
+"""``python -m bench [--suite ...] [--device ...] [--quick] [--out DIR]``, ``methods`` and ``report``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler counts memory; i
 
 import torch
 
-from . import compiling, curves, directions, growth, memory, nagn, ops, optim, report
+from . import compiling, curves, directions, growth, memory, methods, nagn, ops, optim, report
 from .rows import ROOT, Row, Settings, table, write_rows
 
 SUITES: dict[str, Callable[[Settings], Iterator[Row]]] = {
@@ -31,7 +31,10 @@ PAGE = ROOT / "docs" / "performance.md"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure what growing costs.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Measure what growing costs. python -m bench methods --help: compare how and where to grow.",
+    )
     parser.add_argument("command", nargs="?", choices=("run", "report"), default="run")
     parser.add_argument("--suite", nargs="+", choices=(*SUITES, "all"), default=["all"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -43,12 +46,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run suites, print their rows as they come, write one file for each; or write the report."""
+    """Run suites, print their rows as they come, write one file for each; or write the report; or `methods`."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["methods"]:
+        return methods.main(arguments[1:])
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.command == "report":
         report.write(options.out or RESULTS, options.docs)
         print(f"{options.docs} written")
+        compared, page = (options.out or RESULTS) / methods.RESULTS.name, options.docs.with_name("methods.md")
+        if compared.exists():
+            from . import methods_page  # draws: needs matplotlib
+
+            methods_page.write(compared, page)
+            print(f"{page} written")
         return 0
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")

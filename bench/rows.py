@@ -193,5 +193,6 @@ def write_rows(folder: Path, suite: str, kind: str, rows: Iterable[Row]) -> Path
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """Every row of every file in a folder, files in alphabetical order."""
-    return [Row(**entry) for path in sorted(folder.glob("*.json")) for entry in json.loads(path.read_text())]
+    """Every row of every suite's file in a folder, files in alphabetical order."""
+    paths = [path for kind in ("cpu", "cuda") for path in sorted(folder.glob(f"{kind}-*.json"))]
+    return [Row(**entry) for path in paths for entry in json.loads(path.read_text())]

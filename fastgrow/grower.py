@@ -15,6 +15,7 @@ from .arguments import whole
 from .costs import pricing, unit_costs
 from .distributed import replicas_of
 from .errors import GrowthError
+from .gain import GainMeter
 from .grow import GrowthReport, SiteGrowth, grow_observed, observe_closure, observing
 from .how import GradMax, How
 from .insert import insert_layer
@@ -22,11 +23,12 @@ from .names import find_module
 from .natural import natural_directions
 from .observe import Observation
 from .observe import observe as Observer
+from .ranks import ActivationRanks, weight_ranks
 from .sharded import whole as whole_tensor
 from .sites import Site, Sites, tensors_of, unwrap
 from .trial import find_sites
 from .when import When
-from .where import Everywhere, Evidence, Where
+from .where import NORTH, Everywhere, Evidence, Where
 
 __all__ = ["Grower"]
 
@@ -50,6 +52,9 @@ class Grower:
     optimizer: one or a list. sites: as found by `find_sites`, or example_inputs to find them with.
     also: EMA copies that must follow. accumulation: `observe` blocks (micro-batches) per step.
     loss_reduction, loss_scale: as in `observe` (loss_scale: the GradScaler, where there is one).
+    measure_gain: every report carries the decrease of the loss that the new units' first step brings, beside the
+    predicted one (`GrowthReport.measured_gain`); growth then needs ``step(closure=...)``, and takes 3 calls of the
+    closure more for one site, n + 3 for n, which its `seconds` leave out.
 
     model: the module to call. history: a `GrowthReport` for each growth, with its step. dropped: batches
     left out of a measurement because they overflowed under the GradScaler.
@@ -69,6 +74,7 @@ class Grower:
         accumulation: int = 1,
         loss_reduction: str = "mean",
         loss_scale: Any = 1.0,
+        measure_gain: bool = False,
     ) -> None:
         if sites is None:
             if example_inputs is None:
@@ -85,6 +91,7 @@ class Grower:
         self.how = how if how is not None else GradMax()
         self.also = list(also)
         self.accumulation = whole("Grower", "accumulation", accumulation)
+        self.measure_gain = bool(measure_gain)
         self.history: list[GrowthReport] = []
         self.steps = 0
         self.dropped = 0
@@ -92,6 +99,7 @@ class Grower:
         self._armed = False
         self._seen: Observation | None = None
         self._watching: Observer | None = None
+        self._ranks: ActivationRanks | None = None
         self._blocks = 0
         self._observe_seconds = 0.0
         self._arm_ahead()
@@ -108,6 +116,8 @@ class Grower:
 
     def _needs(self) -> frozenset[str]:
         reads = set(self.where.reads)
+        if isinstance(self.where, NORTH) and self.where.read == "weights":
+            reads.remove("ranks")  # read from the model, no pass needs watching
         if self.how.needs_directions:
             reads.add("directions")
         return frozenset(reads)
@@ -116,7 +126,8 @@ class Grower:
     def observe(self) -> Iterator[None]:
         """Around the forward and backward pass of one micro-batch: measures where a growth is armed."""
         measuring = self.when.measures(self.steps + 1)
-        needs = self._needs() if self._armed else frozenset()
+        # What a trigger measures may arm it: then this is all that the growth will have seen.
+        needs = self._needs() if self._armed or measuring else frozenset()
         if measuring:
             needs = needs | self.when.reads
         if not needs or (self._seen is not None and self._armed):
@@ -124,13 +135,14 @@ class Grower:
             return
         if self._watching is None:
             self._watching = self._observer(needs)
+            self._ranks = ActivationRanks(self.model, self.sites) if "ranks" in needs else None
             self._blocks = 0
         watching = self._watching
         self._blocks += 1
         last = self._blocks >= self.accumulation
         started = 0.0
         try:
-            with watching.block(last) as seen:
+            with watching.block(last) as seen, self._watching_ranks():
                 yield
                 started = time.perf_counter()
         except BaseException:
@@ -145,6 +157,9 @@ class Grower:
             if measuring and self._seen is not None:
                 gains = self.when.gain(self._gains(self._seen))
                 self._armed = self._agreed(gains) or self._armed
+
+    def _watching_ranks(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._ranks is None else self._ranks.watching()
 
     def _agreed(self, decision: Any) -> Any:
         """Rank 0's decision under DistributedDataParallel: no rounding may set the ranks apart."""
@@ -168,7 +183,9 @@ class Grower:
                 growth["unmapped"] = []
             if "natural" in needs:
                 growth["solvers"] = {**growth["solvers"], "natural": natural_directions}
-        return Observer(self.model, self.sites, nagn="nagn" in needs, **growth, **self._options)
+        # Norms of gradients are free; with ranks alone they tell whether a batch came through.
+        nagn = "nagn" in needs or needs == {"ranks"}
+        return Observer(self.model, self.sites, nagn=nagn, **growth, **self._options)
 
     def _gains(self, seen: Observation) -> dict[str, float]:
         """What growth would gain, relative to what the present parameters' gradient gains."""
@@ -212,12 +229,18 @@ class Grower:
             return None
         remembered = self.where.state_dict()
         evidence = self._evidence(self._seen)
+        meter: GainMeter | None = None
+        measuring = 0.0
         try:
             units = self.where.units(evidence)
             units = self._agreed({name: count for name, count in units.items() if count})
             if not units:
                 self._armed, self._seen = False, None
                 return None
+            if self.measure_gain:
+                before = time.perf_counter()
+                meter = GainMeter(self.model, self.sites, self.optimizers, closure)
+                measuring = time.perf_counter() - before
             report = grow_observed(
                 self.model, self.sites, units, self.how, self._seen, self.optimizers, self.also, closure
             )
@@ -225,7 +248,7 @@ class Grower:
             self.where.load_state_dict(remembered)
             self._armed, self._seen = False, None
             raise
-        report.seconds = time.perf_counter() - started + self._observe_seconds
+        report.seconds = time.perf_counter() - started + self._observe_seconds - measuring
         report.step = self.steps
         report.evidence = {
             "nagn": dict(evidence.nagn),
@@ -236,11 +259,23 @@ class Grower:
         self._armed, self._seen = False, None
         self.when.grew(self.steps)
         self.history.append(report)
+        if meter is not None:  # last: a closure that fails here finds the growth done and on record
+            meter.fill(report)
         return report
 
     def _measured_now(self, closure: Callable[[], Tensor]) -> Observation:
-        watching = self._observer(self._needs())
-        return observe_closure(self.model, watching, closure)
+        needs = self._needs()
+        self._ranks = ActivationRanks(self.model, self.sites) if "ranks" in needs else None
+        with self._watching_ranks():
+            return observe_closure(self.model, self._observer(needs), closure)
+
+    def _ranks_found(self) -> dict[str, float]:
+        if not isinstance(self.where, NORTH):
+            return {}
+        if self.where.read == "weights":
+            return weight_ranks(self.model, self.sites, self.where.epsilon)
+        assert self._ranks is not None
+        return self._ranks.ranks(self.where.epsilon, replicas_of(self.model))
 
     def _evidence(self, seen: Observation | None) -> Evidence:
         price = pricing(self.model, self.sites)
@@ -251,13 +286,15 @@ class Grower:
             widths=self.sites.widths(self.model),
             nagn=seen.nagn if seen is not None else {},
             nagn_after_norm=seen.nagn_after_norm if seen is not None else {},
-            directions=seen.directions if seen is not None and seen.has_directions else None,
+            # Each site was observed to the rank that it can grow by, which differs from site to site.
+            directions=(lambda k: seen.all_directions()) if seen is not None and seen.has_directions else None,
             natural=seen.natural if seen is not None and seen.solved("natural") else None,
             unit_parameters=unit_parameters,
             unit_flops=unit_flops,
             parameters=parameters,
             flops=flops,
             norm_factor=self._norm_factors(),
+            ranks=self._ranks_found(),
             price=price,
         )
 

@@ -233,7 +233,8 @@ def training_cost(
     """What a growing run costs, in per cent of training the full network from the start.
 
     ``100 sum_t F_t T_t / (F T)``: F_t the FLOPs a sample of stage t (`flops`), T_t its epochs; F is
-    `full_flops`, by default the last stage's, T is `full_length`, by default ``sum_t T_t``.
+    `full_flops`, by default the last stage's, T is `full_length`, by default ``sum_t T_t``. The papers' figures beside
+    the readings tried: docs/methods.md.
 
     Raises `GrowthError` for numbers that are not positive and for lists of different lengths.
     """

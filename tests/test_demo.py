@@ -19,7 +19,7 @@ import fastgrow as fg
 from fastgrow.data import load_digits
 from fastgrow.demo.__main__ import compare, main
 from fastgrow.demo.models import conv_net, seed_widths, widths_of
-from fastgrow.demo.training import Run, Settings, _flop_counter, step_flops, train
+from fastgrow.demo.training import Run, Settings, flop_counter, step_flops, train
 
 QUICK = Settings(epochs=2, batch=32, growths=2)
 
@@ -51,7 +51,7 @@ def test_flops_of_a_step_are_those_counted_by_hand() -> None:
 
 
 def test_dense_decompositions_are_counted() -> None:
-    with _flop_counter() as counter:
+    with flop_counter() as counter:
         torch.linalg.svd(torch.randn(3, 10, 4), full_matrices=False)
         torch.linalg.qr(torch.randn(10, 4))
         torch.linalg.eigh(torch.eye(4))

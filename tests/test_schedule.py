@@ -189,6 +189,9 @@ class Block(nn.Module):
         return self.second(self.first(x)) + self.shortcut(x)
 
 
+IMAGE = torch.empty(1, 3, 32, 32, device="meta")
+
+
 def resnet20(one: int, two: int, three: int) -> nn.Module:
     layers: list[nn.Module] = [nn.Conv2d(3, one, 3, padding=1, bias=False)]
     inputs = one
@@ -205,13 +208,30 @@ def test_cost_of_growing_a_resnet20_in_the_readings_tried() -> None:
         "each layer, two units at least": [schedule.widths(full // 4, full) for full in (16, 32, 64)],
         "all in proportion to the widest": [[width * full // 64 for width in wide] for full in (16, 32, 64)],
     }
-    image = torch.empty(1, 3, 32, 32, device="meta")
-    cost = {}
+    cost, equal = {}, {}
     for name, curve in curves.items():
-        stages = [schedule.flops(resnet20(*widths), image, backward=False) for widths in zip(*curve, strict=True)]
+        stages = [schedule.flops(resnet20(*widths), IMAGE, backward=False) for widths in zip(*curve, strict=True)]
         cost[name] = schedule.training_cost(stages, schedule.epochs(160, 8))
+        equal[name] = schedule.training_cost(stages, [1] * 9)
     assert cost["each layer, two units at least"] == pytest.approx(58.3, abs=0.1)
     assert cost["all in proportion to the widest"] == pytest.approx(50.8, abs=0.1)
+    assert equal["all in proportion to the widest"] == pytest.approx(39.3, abs=0.1)
+
+
+def test_cost_of_growing_a_resnet18_is_the_papers() -> None:
+    """The paper: 52.6 % on CIFAR-100; each layer grows along a curve of its own."""
+
+    def resnet18(*widths: int) -> nn.Module:
+        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, padding=1, bias=False)]
+        inputs = widths[0]
+        for place, outputs in enumerate(widths):
+            layers += [Block(inputs, outputs, 1 if place == 0 else 2), Block(outputs, outputs, 1)]
+            inputs = outputs
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 100))
+
+    curves = [schedule.widths(full // 4, full) for full in (64, 128, 256, 512)]
+    stages = [schedule.flops(resnet18(*widths), IMAGE, backward=False) for widths in zip(*curves, strict=True)]
+    assert schedule.training_cost(stages, schedule.epochs(160, 8)) == pytest.approx(52.6, abs=2)
 
 
 def test_flop_matched_lengths() -> None:

@@ -20,7 +20,7 @@ import fastgrow as fg
 from ..data import ImageData
 from .models import widths_of
 
-__all__ = ["Growth", "Run", "Settings", "step_flops", "train"]
+__all__ = ["Growth", "Run", "Settings", "flop_counter", "step_flops", "train"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ def train(
 def step_flops(model: nn.Module, x: Tensor, y: Tensor) -> int:
     """Floating point operations of one forward and backward pass, counted on a copy of the model."""
     model = copy.deepcopy(model).train()
-    with _flop_counter() as counter:
+    with flop_counter() as counter:
         nn.functional.cross_entropy(model(x), y).backward()
     return int(counter.get_total_flops())
 
@@ -177,12 +177,13 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, grower: fg.Grower 
 def _growth_flops(model: nn.Module, optimizer: torch.optim.Optimizer, sites: fg.Sites, x: Tensor, y: Tensor) -> int:
     """FLOPs of a step in which a network grows, counted on a copy: counting would spoil the timing."""
     grower = _grower(model, optimizer, [1], sites=sites)
-    with _flop_counter() as counter:
+    with flop_counter() as counter:
         _step(model, optimizer, grower, x, y)
     return int(counter.get_total_flops())
 
 
-def _flop_counter() -> FlopCounterMode:
+def flop_counter() -> FlopCounterMode:
+    """torch's counter, with the dense decompositions that growth needs counted too."""
     return FlopCounterMode(display=False, custom_mapping=_decompositions())
 
 

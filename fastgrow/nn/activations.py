@@ -1,7 +1,7 @@
 """Activations equal to torch's in the forward pass, whose derivative at 0 is that of 0+.
 
-GradMax's new units start at exactly zero. ``torch.nn.ReLU`` has the subgradient 0 there, so they would never learn; with the derivative
-from the right they do.
+GradMax's new units start at exactly zero. ``torch.nn.ReLU`` has the subgradient 0 there, so they would never learn;
+with the derivative from the right they do.
 """
 
 from __future__ import annotations

@@ -27,8 +27,9 @@ class NORTH(Where):
     ``k_l = max(0, floor(C_l (phi_l - gamma phi_{0,l})))`` units, with phi_{0,l} of the seed network.
 
     gamma: near 1; the smaller, the sooner sites grow.
-    epsilon: the singular values that count; for whoever computes the ranks.
-    read: "activations" or "weights" (of the site's first producer): what the ranks are taken of.
+    epsilon: the singular values that count.
+    read: what the ranks are taken of: "activations", those that the site's first consumer reads in the observed
+    batches (Gram matrices in float64), or "weights", the incoming ones of its first producer.
     baseline: phi_0 for all sites, or by site name; None takes what the first evidence says, so that
     evidence should be of the seed network. It is part of the state.
 
