@@ -85,12 +85,12 @@ class Entry:
 
     def part(self, name: str | None, at: int, number: int, slab: Tensor) -> Tensor:
         """Part `number` of slab `at`; the same view as last time where `slab` is one of `views(name, ..)`."""
-        part = self.blocks.slabs[at].parts[number]
-        if name is None or not isinstance(part.columns, slice):
-            return part.of(slab)
-        view = self._parts.get((name, at, number))
+        view = self._parts.get((name, at, number)) if name is not None else None
         if view is None:
-            view = self._parts[name, at, number] = part.of(slab)
+            part = self.blocks.slabs[at].parts[number]
+            view = part.of(slab)
+            if name is not None and not isinstance(part.columns, Tensor):
+                self._parts[name, at, number] = view
         return view
 
     def rooms(self, buffer: Callable[[int], Tensor], views: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:

@@ -153,13 +153,12 @@ class SGD(GrowingOptimizer, torch.optim.SGD):
         names: Sequence[str | None],
     ) -> None:
         slab = entry.blocks.slabs[at]
-        of = numbers[slab.main]
-        alike = all((numbers[part.block].decay, numbers[part.block].gain) == (of.decay, of.gain) for part in slab.parts)
-        if len(slab.parts) == 1 or len(pieces) < 3 or group["nesterov"] or not alike:
+        buffered = len(slab.parts) > 1 and len(pieces) == 3 and not group["nesterov"]
+        if not buffered or len({(numbers[part.block].decay, numbers[part.block].gain) for part in slab.parts}) > 1:
             super()._slab_step(group, entry, at, numbers, pieces, names)
             return
         # the buffers of all blocks at once; the step along them is one pass, so nothing needs a copy
-        self._step_list(group, replace(of, rate=0.0), [[piece] for piece in pieces])
+        self._step_list(group, replace(numbers[slab.main], rate=0.0), [[piece] for piece in pieces])
         for number, part in enumerate(slab.parts):
             value = entry.part(names[0], at, number, pieces[0])
             value.add_(entry.part(names[2], at, number, pieces[2]), alpha=-numbers[part.block].rate)
