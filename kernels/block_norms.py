@@ -229,7 +229,8 @@ class BlockTable:
         ]
         if addresses != self._addresses:
             self._addresses = addresses
-            self.pointers = torch.tensor(addresses, dtype=torch.int64).to(self.device)
+            # a blocking copy would wait for all that is queued on the GPU
+            self.pointers = torch.tensor(addresses, dtype=torch.int64).to(self.device, non_blocking=True)
             self.aligned = self._rows_aligned and all(a % 16 == 0 for line in addresses for a in line)
 
     def guard(self) -> AbstractContextManager[object]:

@@ -12,9 +12,9 @@ from torch.optim.optimizer import ParamsT
 
 from . import fused
 from .base import Backend, GrowingOptimizer, State
-from .entry import BlockNumbers, Number, add_scaled, is_zero, unwrap
+from .entry import BlockNumbers, unwrap
 
-__all__ = ["Adam", "AdamW", "moments_of", "subtract_quotient"]
+__all__ = ["Adam", "AdamW", "moments_of"]
 
 
 def moments_of(parameter: Tensor, state: State, names: Sequence[str]) -> list[Tensor]:
@@ -23,14 +23,6 @@ def moments_of(parameter: Tensor, state: State, names: Sequence[str]) -> list[Te
         if name not in state:
             state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     return [state[name] for name in names]
-
-
-def subtract_quotient(x: Tensor, numerator: Tensor, denominator: Tensor, factor: Number) -> None:
-    """x -= factor * numerator / denominator; a `factor` per column overwrites the denominator."""
-    if isinstance(factor, Tensor):
-        x.addcmul_(torch.div(numerator, denominator, out=denominator), factor, value=-1)
-    else:
-        x.addcdiv_(numerator, denominator, value=-factor)
 
 
 class _AdamSteps(GrowingOptimizer):
@@ -75,30 +67,26 @@ class _AdamSteps(GrowingOptimizer):
         beta1, beta2 = (unwrap(beta) for beta in group["betas"])
         return of.rate, of.decay, 1 - beta1**of.age, (1 - beta2**of.age) ** 0.5
 
-    def _update_slab(
-        self,
-        group: dict[str, Any],
-        numbers: Sequence[Number],
-        parameter: Tensor,
-        gradient: Tensor,
-        moments: Sequence[Tensor],
-        scratch: Tensor,
-    ) -> None:
-        rate, decay, correction, root = numbers
+    def _step_list(self, group: dict[str, Any], of: BlockNumbers, tensors: Sequence[list[Tensor]]) -> None:
+        params, grads, firsts, seconds, *maxima = tensors
         beta1, beta2 = (unwrap(beta) for beta in group["betas"])
-        first, second = moments[:2]
-        if group["maximize"]:
-            gradient = torch.neg(gradient, out=scratch)
-        if not is_zero(decay) and group["decoupled_weight_decay"]:
-            parameter.mul_(1 - rate * decay)
-        elif not is_zero(decay):
-            gradient = add_scaled(gradient, parameter, decay, out=scratch)
-        first.lerp_(gradient, 1 - beta1)
-        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        if len(moments) > 2:
-            second = torch.maximum(moments[2], second, out=moments[2])
-        denominator = torch.sqrt(second, out=scratch).div_(root).add_(group["eps"])
-        subtract_quotient(parameter, first, denominator, rate / correction)
+        age = torch.full((), of.age, dtype=torch.float32, device=params[0].device)
+        step = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+        step(
+            params,
+            grads,
+            firsts,
+            seconds,
+            maxima[0] if maxima else [],
+            [age] * len(params),
+            lr=of.rate,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=of.decay,
+            eps=group["eps"],
+            amsgrad=group["amsgrad"],
+            maximize=group["maximize"],
+        )
 
     def _fused_step(
         self, group: dict[str, Any], batch: fused.Batch, rows: Sequence[Sequence[float]], norms: bool

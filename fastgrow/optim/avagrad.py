@@ -6,16 +6,15 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..errors import GrowthError
 from . import fused
-from .adam import moments_of, subtract_quotient
+from .adam import moments_of
 from .base import Backend, GrowingOptimizer, State
 from .blocks import Blocks
-from .entry import BlockNumbers, Entry, Number, add_scaled, is_zero, unwrap
+from .entry import BlockNumbers, Entry, unwrap
 
 __all__ = ["AvaGrad"]
 
@@ -39,6 +38,7 @@ class AvaGrad(GrowingOptimizer):
     _moment_names = ("exp_avg", "exp_avg_sq")
     _normalisers: Mapping[int, float] = {}  # of the group and step at hand
     _by_kernel = True
+    _measures_moments = True
 
     def __init__(
         self,
@@ -68,7 +68,6 @@ class AvaGrad(GrowingOptimizer):
 
     def _reset(self) -> None:
         super()._reset()
-        self._eta_norms: list[Tensor] = []
         self._eta_sums: weakref.WeakKeyDictionary[fused.Batch, fused.EtaSums] = weakref.WeakKeyDictionary()
 
     def _is_blocked(self, group: dict[str, Any], parameter: Tensor) -> bool:
@@ -114,22 +113,26 @@ class AvaGrad(GrowingOptimizer):
 
     def _eta_squares(self, group: dict[str, Any], parameter: Tensor) -> list[float]:
         """The sum of eta_t^2 over each block of a parameter, for the step to come."""
-        entry, state = self._entry(parameter), self.state[parameter]
+        entry = self._entry(parameter)
         stamp = self._eta_stamp(group, parameter)
         squares = entry.sums_of(_ETA, stamp)
         if squares is None:
-            numbers = super()._numbers(group, parameter, state, entry.blocks)
-            spread = entry.spread([(_correction(group, of.age - 1),) for of in numbers])
-            seconds = entry.cut(entry.blocks.laid_out(state["exp_avg_sq"]))
-            scratch = entry.scratch(self._buffer(parameter), seconds)
-            measured = []
-            for at, slab in enumerate(entry.blocks.slabs):
-                eta = _denominator(group, seconds[at], spread[slab.row][0], scratch[at]).reciprocal_()
-                measured.append(entry.measure(at, eta, scratch[at]))
-            entry.remember(_ETA, stamp, measured)
+            self._measure(entry, _ETA, stamp, self._etas(group, parameter))
             squares = entry.sums_of(_ETA, stamp)
             assert squares is not None
         return squares
+
+    def _etas(self, group: dict[str, Any], parameter: Tensor) -> Tensor:
+        """eta_t of every element, for the step to come; with the strides that the parameter's blocks have."""
+        entry, state = self._entry(parameter), self.state[parameter]
+        blocks = entry.blocks
+        numbers = super()._numbers(group, parameter, state, blocks)
+        etas = blocks.laid_out(state["exp_avg_sq"]).clone()
+        for slab, values in zip(blocks.slabs, blocks.cut(etas), strict=True):
+            for part in slab.parts:
+                eta = _denominator(group, part.of(values), _correction(group, numbers[part.block].age - 1))
+                part.put(values, eta.reciprocal_())
+        return etas
 
     def _numbers(self, group: dict[str, Any], parameter: Tensor, state: State, blocks: Blocks) -> list[BlockNumbers]:
         numbers = super()._numbers(group, parameter, state, blocks)
@@ -137,48 +140,33 @@ class AvaGrad(GrowingOptimizer):
             of.gain = self._normalisers.get(stage, 1.0)
         return numbers
 
-    def _aten_update(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor) -> None:
-        self._eta_norms = []
-        super()._aten_update(group, parameter, gradient)
-        self._entry(parameter).remember(_ETA, self._eta_stamp(group, parameter), self._eta_norms)
+    def _aten_update(self, group: dict[str, Any], parameters: Sequence[Tensor]) -> None:
+        super()._aten_update(group, parameters)
+        for parameter in parameters:
+            self._entry(parameter).remember(_ETA, self._eta_stamp(group, parameter))
 
     def _coefficients(self, group: dict[str, Any], of: BlockNumbers) -> tuple[float, ...]:
         before, after = _correction(group, of.age - 1), _correction(group, of.age)
         return of.rate * of.gain, of.decay, 1 - group["betas"][0] ** of.age, before, after
 
-    def _update_slab(
-        self,
-        group: dict[str, Any],
-        numbers: Sequence[Number],
-        parameter: Tensor,
-        gradient: Tensor,
-        moments: Sequence[Tensor],
-        scratch: Tensor,
-    ) -> None:
-        rate, decay, correction, before, _ = numbers
+    def _step_list(self, group: dict[str, Any], of: BlockNumbers, tensors: Sequence[list[Tensor]]) -> None:
+        rate, decay, correction, before, _ = self._coefficients(group, of)
         beta1, beta2 = group["betas"]
-        first, second = moments
-        if group["maximize"]:
-            gradient = torch.neg(gradient, out=scratch)
-        if not is_zero(decay):
-            gradient = add_scaled(gradient, parameter, decay, out=scratch)
-        first.lerp_(gradient, 1 - beta1)
-        # room of its own: eta_t is that of v_(t-1), while the scratch holds the gradient that v_t needs
-        denominator = _denominator(group, second, before, torch.empty_like(scratch))
-        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        subtract_quotient(parameter, first, denominator, rate / correction)
+        for parameter, gradient, first, second in zip(*tensors, strict=True):
+            if group["maximize"]:
+                gradient = -gradient
+            if decay != 0:
+                gradient = gradient.add(parameter, alpha=decay)
+            denominator = _denominator(group, second, before)  # of v_(t-1)
+            first.lerp_(gradient, 1 - beta1)
+            second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            parameter.addcdiv_(first, denominator, value=-rate / correction)
 
-    def _after_slab(
-        self,
-        group: dict[str, Any],
-        entry: Entry,
-        at: int,
-        numbers: Sequence[Number],
-        moments: Sequence[Tensor],
-        scratch: Tensor,
+    def _measure_moments(
+        self, group: dict[str, Any], entry: Entry, at: tuple[int, int], of: BlockNumbers, moment: Tensor
     ) -> None:
-        eta = _denominator(group, moments[1], numbers[4], scratch).reciprocal_()
-        self._eta_norms.append(entry.measure(at, eta, scratch))
+        eta = _denominator(group, moment, _correction(group, of.age)).reciprocal_()
+        entry.measure(_ETA, *at, eta)
 
     def _fused_step(
         self, group: dict[str, Any], batch: fused.Batch, rows: Sequence[Sequence[float]], norms: bool
@@ -191,7 +179,7 @@ class AvaGrad(GrowingOptimizer):
         def stamp() -> object:
             return [self._eta_stamp(group, parameter) for parameter in batch.parameters]
 
-        eta.renew(stamp(), lambda: [of for p in batch.parameters for of in self._eta_squares(group, p)])
+        eta.renew(stamp(), lambda: [self._etas(group, parameter) for parameter in batch.parameters])
         batch.avagrad(
             batch.scalars(rows, (1 - beta1, beta2, 1 - beta2, group["eps"])),
             eta,
@@ -207,6 +195,6 @@ def _correction(group: dict[str, Any], age: int) -> float:
     return float((1 - group["betas"][1] ** age) ** 0.5 or 1.0)
 
 
-def _denominator(group: dict[str, Any], second: Tensor, correction: Number, out: Tensor) -> Tensor:
+def _denominator(group: dict[str, Any], second: Tensor, correction: float) -> Tensor:
     """1 / eta."""
-    return torch.sqrt(second, out=out).div_(correction).add_(group["eps"])
+    return second.sqrt().div_(correction).add_(group["eps"])

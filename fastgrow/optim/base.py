@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import GrowthError
 from . import fused
 from .blocks import Blocks, runs_of
-from .entry import BlockNumbers, Entry, Number, unwrap
+from .entry import BlockNumbers, Entry, unwrap
 
 __all__ = ["Backend", "GrowingOptimizer", "State"]
 
@@ -40,9 +40,11 @@ class GrowingOptimizer(torch.optim.Optimizer):
     output_scale: an open reading of Table 1: the stage-0 block of the group's weights takes
     output_scale * lr; give the output layer its own group with 1 / C_{h,0}.
     stage_options: {stage: {"lr": factor, "weight_decay": value, "warmup": steps}}, as `set_stage`.
-    backend: "triton" updates all grown parameters in one kernel launch, "torch" by ATen, "auto" chooses
-    the kernel on a GPU unless foreach=True. The norms of the next step are taken during this one and
-    dropped when a parameter's version counter or address has changed since.
+    backend: "triton" updates all grown parameters in one kernel launch, "torch" each block by torch's own
+    fused kernels (whatever `foreach` and `fused` say of parameters that never grew), "auto" chooses the
+    launch on a GPU unless foreach=True. The norms of the next step are taken during this one and dropped
+    when a parameter's version counter or address has changed since. Writes through ``parameter.data`` change
+    neither: the next step's rates are then those of the values before; write under ``torch.no_grad()``.
     """
 
     _moment_names: tuple[str, ...] = ()
@@ -217,23 +219,15 @@ class GrowingOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _moments(self, group: Group, parameter: Tensor, state: State) -> list[Tensor]:
-        """The state tensors of the parameter's shape, made where missing, in `_piece`'s order."""
+        """The state tensors of the parameter's shape, made where missing, in `_step_list`'s order."""
         raise NotImplementedError
 
     def _coefficients(self, group: Group, of: BlockNumbers) -> tuple[float, ...]:
-        """What `_update_slab` and the kernel need of a block, in their order."""
+        """What the kernel needs of a block, in its order."""
         raise NotImplementedError
 
-    def _update_slab(
-        self,
-        group: Group,
-        numbers: Sequence[Number],
-        parameter: Tensor,
-        gradient: Tensor,
-        moments: Sequence[Tensor],
-        scratch: Tensor,
-    ) -> None:
-        """The step of some rows; each of `numbers`, `_coefficients`, broadcasts over them."""
+    def _step_list(self, group: Group, of: BlockNumbers, tensors: Sequence[list[Tensor]]) -> None:
+        """The step of dense tensors that share their numbers: parameters, gradients, then each moment."""
         raise NotImplementedError
 
     def _fused_step(self, group: Group, batch: fused.Batch, rows: Sequence[Sequence[float]], norms: bool) -> None:
@@ -257,7 +251,10 @@ class GrowingOptimizer(torch.optim.Optimizer):
         return take
 
     def _block_update(self, group: Group, parameters: list[Tensor]) -> None:
+        if self._unscale(parameters):
+            return
         batches: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        rest: list[Tensor] = []
         for parameter in parameters:
             self.check_growth(parameter)
             if parameter.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -272,9 +269,22 @@ class GrowingOptimizer(torch.optim.Optimizer):
             if self._takes_kernel(group, parameter):
                 batches.setdefault((parameter.device, parameter.dtype), []).append(parameter)
             else:
-                self._aten_update(group, parameter, gradient)
+                rest.append(parameter)
+        if rest:
+            self._aten_update(group, rest)
         for key, members in batches.items():
             self._kernel_update(group, (id(group), *key), members)
+
+    def _unscale(self, parameters: Sequence[Tensor]) -> bool:
+        """What a GradScaler leaves to optimizers with fused=True: gradients divided in place; True: no step."""
+        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found is not None and found.item():
+            return True
+        if scale is not None:
+            for parameter in parameters:
+                gradient = self._gradient(parameter)
+                gradient.div_(scale.to(gradient.device))
+        return False
 
     def _counted(self, parameter: Tensor) -> State:
         state = self.state[parameter]
@@ -336,52 +346,102 @@ class GrowingOptimizer(torch.optim.Optimizer):
                 numbers[k].rate *= (squares[k] / seed) ** 0.5
 
     def _measure(self, entry: Entry, name: str, stamp: object, tensor: Tensor) -> None:
-        views = entry.cut(entry.blocks.laid_out(tensor))
-        scratch = entry.scratch(self._buffer(tensor), views)
-        entry.remember(
-            name,
-            stamp,
-            [entry.measure(at, *pair) for at, pair in enumerate(zip(views, scratch, strict=True))],
-        )
+        for at, (slab, values) in enumerate(
+            zip(entry.blocks.slabs, entry.blocks.cut(entry.blocks.laid_out(tensor)), strict=True)
+        ):
+            for number, part in enumerate(slab.parts):
+                entry.measure(name, at, number, part.of(values))
+        entry.remember(name, stamp)
 
-    def _aten_update(self, group: Group, parameter: Tensor, gradient: Tensor) -> None:
-        state, entry = self.state[parameter], self._entry(parameter)
-        blocks = entry.blocks
-        numbers = self._numbers(group, parameter, state, blocks)
-        self._apply_ratios(group, parameter, state, entry, numbers)
-        spread = entry.spread([self._coefficients(group, of) for of in numbers])
-        tensors = [parameter, *self._moments(group, parameter, state)]
-        held = [blocks.laid_out(tensor) for tensor in tensors]
-        columns = [
-            entry.views(str(at), tensor) if copied is tensor else entry.cut(copied)
-            for at, (tensor, copied) in enumerate(zip(tensors, held, strict=True))
-        ]
-        gradients = entry.cut(blocks.laid_out(gradient))
-        scratch = entry.scratch(self._buffer(parameter), gradients)
-        norms: list[Tensor] | None = [] if self._adapts(group, parameter, blocks) else None
-        for at, slab in enumerate(blocks.slabs):
-            target, *moments = [column[at] for column in columns]
-            self._update_slab(group, spread[slab.row], target, gradients[at], moments, scratch[at])
-            if norms is not None:
-                norms.append(entry.measure(at, target, scratch[at]))
-            self._after_slab(group, entry, at, spread[slab.row], moments, scratch[at])
-        for tensor, copied in zip(tensors, held, strict=True):
-            if copied is not tensor:
-                tensor.copy_(copied)
-        if norms is not None:
-            entry.remember("norms", (parameter._version, parameter.data_ptr()), norms)
-        state["step"] += 1
+    def _aten_update(self, group: Group, parameters: Sequence[Tensor]) -> None:
+        """Each block by torch's own fused step at its own numbers, slab after slab."""
+        together: dict[object, tuple[BlockNumbers, list[Sequence[Tensor]]]] = {}
+        written: list[Tensor] = []
+        copied: list[tuple[Tensor, Tensor]] = []
+        adapting: list[tuple[Tensor, Entry]] = []
+        for parameter in parameters:
+            state, entry = self.state[parameter], self._entry(parameter)
+            blocks = entry.blocks
+            numbers = self._numbers(group, parameter, state, blocks)
+            self._apply_ratios(group, parameter, state, entry, numbers)
+            tensors = [parameter, *self._moments(group, parameter, state)]
+            written += tensors
+            names: list[str | None] = []
+            columns = []
+            for at, tensor in enumerate(tensors):
+                held = blocks.laid_out(tensor)
+                names.append(str(at) if held is tensor else None)
+                columns.append(entry.views(str(at), tensor) if held is tensor else blocks.cut(held))
+                if held is not tensor:
+                    copied.append((tensor, held))
+            gradient = self._gradient(parameter).to(parameter.dtype)
+            columns.insert(1, blocks.cut(blocks.laid_out(gradient)))
+            names.insert(1, None)
+            adapts = self._adapts(group, parameter, blocks)
+            for at, (slab, pieces) in enumerate(zip(blocks.slabs, zip(*columns, strict=True), strict=True)):
+                if len(slab.parts) == 1 and not adapts and not self._measures_moments:
+                    of = numbers[slab.main]
+                    key = (of.rate, of.decay, of.age, of.gain, parameter.device, parameter.dtype)
+                    together.setdefault(key, (of, []))[1].append(pieces)
+                    continue
+                self._slab_step(group, entry, at, numbers, pieces, names)
+                for number, part in enumerate(slab.parts):
+                    if adapts:
+                        entry.measure("norms", at, number, entry.part(names[0], at, number, pieces[0]))
+                    if self._measures_moments:
+                        moment = entry.part(names[-1], at, number, pieces[-1])
+                        self._measure_moments(group, entry, (at, number), numbers[part.block], moment)
+            if adapts:
+                adapting.append((parameter, entry))
+        for of, members in together.values():
+            self._step_list(group, of, [list(column) for column in zip(*members, strict=True)])
+        for tensor, held in copied:
+            tensor.copy_(held)
+        # torch's fused kernels leave the version counters alone
+        torch.autograd.graph.increment_version(written)
+        for parameter, entry in adapting:
+            entry.remember("norms", (parameter._version, parameter.data_ptr()))
+        torch._foreach_add_([self.state[parameter]["step"] for parameter in parameters], 1)
 
-    def _after_slab(
+    def _slab_step(
         self,
         group: Group,
         entry: Entry,
         at: int,
-        numbers: Sequence[Number],
-        moments: Sequence[Tensor],
-        scratch: Tensor,
+        numbers: Sequence[BlockNumbers],
+        pieces: Sequence[Tensor],
+        names: Sequence[str | None],
     ) -> None:
-        """Called behind each slab's update, while it lies in the cache."""
+        """One step of slab `at`: whole at its main block's numbers, other blocks anew from contiguous copies.
+
+        pieces: the slab of the parameter, its gradient and each moment; names: under which `Entry.views` keeps
+        them, None where it does not.
+        """
+        slab = entry.blocks.slabs[at]
+        of = numbers[slab.main]
+        apart = [(number, part) for number, part in enumerate(slab.parts) if numbers[part.block] != of]
+        views = [
+            [entry.part(name, at, number, piece) for name, piece in zip(names, pieces, strict=True)]
+            for number, _ in apart
+        ]
+        rooms = entry.rooms(self._buffer(pieces[0]), views) if apart else []
+        if apart:
+            torch._foreach_copy_([one for row in rooms for one in row], [one for row in views for one in row])
+        self._step_list(group, of, [[piece] for piece in pieces])
+        for (_, part), room in zip(apart, rooms, strict=True):
+            own = numbers[part.block]
+            self._step_list(group, own, [[one] for one in room])
+            part.put(pieces[0], room[0])
+            if (own.decay, own.gain) != (of.decay, of.gain):
+                for piece, one in zip(pieces[2:], room[2:], strict=True):
+                    part.put(piece, one)
+
+    _measures_moments = False
+
+    def _measure_moments(
+        self, group: Group, entry: Entry, at: tuple[int, int], of: BlockNumbers, moment: Tensor
+    ) -> None:
+        """Called behind the step of each part with its last moment, while it lies in the cache."""
 
     def _kernel_update(self, group: Group, key: object, parameters: list[Tensor]) -> None:
         states = [self.state[parameter] for parameter in parameters]

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Blocks", "Runs", "Slab", "blocks_of", "runs_of"]
+__all__ = ["Blocks", "Part", "Runs", "Slab", "blocks_of", "runs_of"]
 
 Runs = list[list[int]]
 """A stage vector, run-length encoded: [[length, stage], ...]; plain numbers, which state_dict keeps."""
 
 _MIN_ROW = 64  # shortest contiguous row worth being one
+_MOST_RUNS = 8  # runs of columns that are taken one by one
 
 
 def runs_of(stages: Tensor) -> Runs:
@@ -24,13 +25,38 @@ def runs_of(stages: Tensor) -> Runs:
 
 
 @dataclass(frozen=True, slots=True)
-class Slab:
-    """Some rows of a parameter's matrix, all of the block `row`; `blocks`: those its elements belong to."""
+class Part:
+    """The columns of a slab that belong to one block: all of them, a slice, or an index, (n,) int64."""
 
-    start: int
-    stop: int
-    row: int
-    blocks: tuple[int, ...]
+    block: int
+    columns: slice | Tensor | None = None
+
+    def of(self, slab: Tensor) -> Tensor:
+        """These columns of (rows, B): a view, or for an index a copy."""
+        if self.columns is None:
+            return slab
+        if isinstance(self.columns, slice):
+            return slab[:, self.columns]
+        return slab.index_select(1, self.columns)
+
+    def put(self, slab: Tensor, values: Tensor) -> None:
+        """Write (rows, n) into these columns."""
+        if isinstance(self.columns, Tensor):
+            slab.index_copy_(1, self.columns, values)
+        else:
+            self.of(slab).copy_(values)
+
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """Rows of a parameter's matrix that fall into blocks alike: contiguous, and small enough for a cache.
+
+    size: rows; of a matrix of one row, columns. parts: its blocks' columns; main: the block of most of them.
+    """
+
+    size: int
+    main: int
+    parts: tuple[Part, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +74,19 @@ class Blocks:
     counts: tuple[int, ...]
     rows: Tensor  # (A,) int64
     columns: Tensor  # (B,) int64
-    slabs: tuple[Slab, ...]
+    size: tuple[int, int]  # A, B
+    slabs: tuple[Slab, ...]  # one behind the other along dimension `along` of the matrix
+    along: int
 
-    def of_row(self, row: int) -> Tensor:
-        """The block of each element in a row of block `row`: (B,) int64."""
-        return self.columns.clamp(min=row)
+    def cut(self, tensor: Tensor) -> Sequence[Tensor]:
+        """The slabs of a tensor that has these strides: views, each (rows, B)."""
+        if not self.slabs:
+            return ()
+        return self.matrix(tensor.detach()).split([slab.size for slab in self.slabs], self.along)
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """A tensor of the parameter's shape and strides as (A, B), in the same memory."""
-        return tensor.as_strided((len(self.rows), len(self.columns)), (len(self.columns), 1))
+        return tensor.as_strided(self.size, (self.size[1], 1))
 
     def laid_out(self, tensor: Tensor) -> Tensor:
         """The tensor, or a copy of it that has the parameter's strides."""
@@ -85,6 +115,7 @@ def blocks_of(parameter: Tensor, runs: Mapping[int, Runs], slab_size: int) -> Bl
     rank = torch.tensor(stages, dtype=torch.int64)
     # the rank of a maximum is the maximum of the ranks
     rows, columns = torch.searchsorted(rank, rows), torch.searchsorted(rank, columns)
+    slabs, along = _slabs(rows, columns, slab_size, parameter.device)
     return Blocks(
         shape=shape,
         strides=strides,
@@ -92,7 +123,9 @@ def blocks_of(parameter: Tensor, runs: Mapping[int, Runs], slab_size: int) -> Bl
         counts=tuple(elements[stage] for stage in stages),
         rows=rows,
         columns=columns,
-        slabs=tuple(_slabs(rows, columns, slab_size)),
+        size=(len(rows), len(columns)),
+        slabs=tuple(slabs),
+        along=along,
     )
 
 
@@ -133,18 +166,35 @@ def _count(rows: Tensor, columns: Tensor) -> dict[int, int]:
     return {stage: n for stage, n in counts.items() if n}
 
 
-def _slabs(rows: Tensor, columns: Tensor, size: int) -> list[Slab]:
-    slabs: list[Slab] = []
+def _slabs(rows: Tensor, columns: Tensor, size: int, device: torch.device) -> tuple[list[Slab], int]:
+    """The slabs, and the dimension of the matrix along which they lie."""
     if not len(rows) or not len(columns):
-        return slabs
-    step = max(1, size // len(columns))
-    values, counts = torch.unique_consecutive(rows, return_counts=True)
-    start = 0
-    met: dict[int, tuple[int, ...]] = {}
-    for row, count in zip(values.tolist(), counts.tolist(), strict=True):
+        return [], 0
+    if len(rows) == 1:
+        runs = runs_of(columns.clamp(min=int(rows[0])))
+        if len(runs) <= _MOST_RUNS:
+            # parts of one row are contiguous: slabs of their own, nothing to gather
+            return [Slab(n, block, (Part(block),)) for run, block in runs for n in _chunks(run, size)], 1
+    met: dict[int, tuple[Part, ...]] = {}
+    slabs: list[Slab] = []
+    for run, row in runs_of(rows):
         if row not in met:
-            met[row] = tuple(torch.unique(columns.clamp(min=row)).tolist())
-        for first in range(start, start + count, step):
-            slabs.append(Slab(first, min(first + step, start + count), row, met[row]))
-        start += count
-    return slabs
+            met[row] = tuple(_parts(columns.clamp(min=row), device))
+        main = int(columns.clamp(min=row).bincount().argmax())
+        slabs += [Slab(n, main, met[row]) for n in _chunks(run, max(1, size // len(columns)))]
+    return slabs, 0
+
+
+def _chunks(total: int, size: int) -> list[int]:
+    return [min(size, total - at) for at in range(0, total, size)]
+
+
+def _parts(blocks: Tensor, device: torch.device) -> list[Part]:
+    """The columns of each block, run by run, or block by block where the runs are many."""
+    runs = runs_of(blocks)
+    if len(runs) == 1:
+        return [Part(runs[0][1])]
+    if len(runs) > _MOST_RUNS:
+        return [Part(int(one), (blocks == one).nonzero().view(-1).to(device)) for one in blocks.unique()]
+    stops = torch.tensor([n for n, _ in runs]).cumsum(0).tolist()
+    return [Part(block, slice(stop - n, stop)) for (n, block), stop in zip(runs, stops, strict=True)]

@@ -1,4 +1,4 @@
-"""One parameter on the ATen path: its slabs, the numbers of its blocks, the sums left by the last step."""
+"""One parameter on the ATen path: its slabs, the numbers of its blocks, the norms left by the last step."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ from torch import Tensor
 
 from .blocks import Blocks, blocks_of
 
-__all__ = ["BlockNumbers", "Entry", "Number", "add_scaled", "is_zero", "unwrap"]
+__all__ = ["BlockNumbers", "Entry", "unwrap"]
 
 _CPU_SLAB = 1 << 18  # elements: parameter, gradient and moments of a slab stay in the cache together
-
-Number = float | Tensor
-"""One number, or one for each column of a slab that several blocks share."""
 
 
 def unwrap(value: Any) -> float:
@@ -34,16 +31,34 @@ class BlockNumbers:
     gain: float = 1.0  # SGD: 1 - dampening, but 1 at a block's first step; AvaGrad: sqrt(d) / ||eta||
 
 
-def add_scaled(x: Tensor, y: Tensor, factor: Number, out: Tensor) -> Tensor:
-    """x + factor * y, into `out`."""
-    if isinstance(factor, Tensor):
-        return torch.addcmul(x, y, factor, out=out)
-    return torch.add(x, y, alpha=factor, out=out)
+class _Norms:
+    """The norm of every row of every part of a parameter, those of one block side by side."""
 
+    def __init__(self, blocks: Blocks, like: Tensor) -> None:
+        rows = [1 if blocks.along else slab.size for slab in blocks.slabs]
+        order = sorted(
+            (part.block, at, number) for at, slab in enumerate(blocks.slabs) for number, part in enumerate(slab.parts)
+        )
+        wide = torch.promote_types(like.dtype, torch.float32)
+        room = torch.empty(sum(rows[at] for _, at, _ in order), dtype=wide, device=like.device)
+        pieces = room.split([rows[at] for _, at, _ in order])
+        self.of = {(at, number): piece for (_, at, number), piece in zip(order, pieces, strict=True)}
+        self.cast = wide if wide != like.dtype else None
+        sizes = [sum(rows[at] for block, at, _ in order if block == one) for one in range(len(blocks.stages))]
+        self._blocks = room.split(sizes)
+        self.stamp: object = None
+        self._squares: list[float] | None = None
 
-def is_zero(number: Number) -> bool:
-    """Whether a number is zero for all blocks alike."""
-    return not isinstance(number, Tensor) and number == 0
+    def renew(self, stamp: object) -> None:
+        """Say what the norms now belong to."""
+        self.stamp, self._squares = stamp, None
+
+    def squares(self) -> list[float]:
+        """The sum of squares over each block; the first call after `renew` waits for the device."""
+        if self._squares is None:
+            norms = torch._foreach_norm(self._blocks) if self._blocks else ()
+            self._squares = [norm**2 for norm in torch.stack(norms).tolist()] if norms else []
+        return self._squares
 
 
 class Entry:
@@ -54,82 +69,52 @@ class Entry:
         self.given_strides = parameter.stride()
         size = _CPU_SLAB if parameter.device.type == "cpu" else max(1, parameter.numel())
         self.blocks: Blocks = blocks_of(parameter, stages or {}, size)
-        self._wide = torch.promote_types(parameter.dtype, torch.float32)
-        self._sums: dict[str, tuple[object, list[float]]] = {}
-        self._measured: dict[str, tuple[object, list[Tensor]]] = {}
-        self._views: dict[str, tuple[Tensor, tuple[object, ...], list[Tensor]]] = {}
-        self._scratch: list[Tensor] = []
-        device = parameter.device
-        mixed = {slab.row: slab.blocks for slab in self.blocks.slabs if len(slab.blocks) > 1}
-        self._columns = {row: self.blocks.of_row(row).to(device) for row in mixed}
-        self._chosen = {
-            row: torch.stack([columns == block for block in mixed[row]]).to(self._wide)
-            for row, columns in self._columns.items()
-        }
+        self._norms: dict[str, _Norms] = {}
+        self._views: dict[str, tuple[Tensor, tuple[object, ...], Sequence[Tensor]]] = {}
+        self._parts: dict[tuple[str, int, int], Tensor] = {}
+        self._rooms: dict[tuple[torch.Size, ...], list[list[Tensor]]] = {}
 
-    def cut(self, tensor: Tensor) -> list[Tensor]:
-        """The slabs of a tensor that has the parameter's strides, each (rows, B)."""
-        matrix = self.blocks.matrix(tensor.detach())
-        return [matrix[slab.start : slab.stop] for slab in self.blocks.slabs]
-
-    def views(self, name: str, tensor: Tensor) -> list[Tensor]:
+    def views(self, name: str, tensor: Tensor) -> Sequence[Tensor]:
         """The slabs of a tensor that stays the same from step to step."""
         key = (tensor.data_ptr(), tensor.stride())
         held = self._views.get(name)
         if held is None or held[0] is not tensor or held[1] != key:
-            held = self._views[name] = (tensor, key, self.cut(tensor))
+            held = self._views[name] = (tensor, key, self.blocks.cut(tensor))
+            self._parts = {key: view for key, view in self._parts.items() if key[0] != name}
         return held[2]
 
-    def scratch(self, buffer: Callable[[int], Tensor], views: Sequence[Tensor]) -> list[Tensor]:
-        """A part of the shared buffer for each slab of the parameter."""
-        if len(self._scratch) != len(views):
-            room = buffer(max((view.numel() for view in views), default=0))
-            self._scratch = [room[: view.numel()].view(view.shape) for view in views]
-        return self._scratch
+    def part(self, name: str | None, at: int, number: int, slab: Tensor) -> Tensor:
+        """Part `number` of slab `at`; the same view as last time where `slab` is one of `views(name, ..)`."""
+        view = self._parts.get((name, at, number)) if name is not None else None
+        if view is None:
+            part = self.blocks.slabs[at].parts[number]
+            view = part.of(slab)
+            if name is not None and not isinstance(part.columns, Tensor):
+                self._parts[name, at, number] = view
+        return view
 
-    def spread(self, of_blocks: Sequence[Sequence[float]]) -> dict[int, list[Number]]:
-        """{slab's first row block: its numbers}: one number where its blocks agree, else one per column."""
-        result: dict[int, list[Number]] = {}
-        for slab in self.blocks.slabs:
-            if slab.row not in result:
-                result[slab.row] = [
-                    values[slab.blocks[0]]
-                    if len({values[block] for block in slab.blocks}) == 1
-                    else torch.tensor(values, dtype=self._wide).to(self._columns[slab.row].device)[
-                        self._columns[slab.row]
-                    ]
-                    for values in zip(*of_blocks, strict=True)
-                ]
-        return result
+    def rooms(self, buffer: Callable[[int], Tensor], views: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        """Contiguous tensors of the shapes of `views`, in the shared buffer."""
+        key = tuple(view.shape for row in views for view in row[:1])
+        if key not in self._rooms:
+            sizes = [view.numel() for row in views for view in row]
+            room = iter(buffer(sum(sizes))[: sum(sizes)].split(sizes))
+            self._rooms[key] = [[next(room).view(view.shape) for view in row] for row in views]
+        return self._rooms[key]
 
-    def measure(self, at: int, values: Tensor, scratch: Tensor) -> Tensor:
-        """The sum of squares over each block that slab `at` meets: (blocks,), in float32 at least."""
-        slab = self.blocks.slabs[at]
-        if len(slab.blocks) == 1:
-            # row by row: ATen vectorises and threads this, its norm over everything it does not
-            rows = torch.linalg.vector_norm(values, dim=1, dtype=self._wide)
-            return torch.dot(rows, rows).view(1)
-        wide = values.dtype == self._wide
-        squares = torch.mul(values, values, out=scratch) if wide else values.to(self._wide).square()
-        return torch.mv(self._chosen[slab.row], squares.sum(0))
+    def measure(self, name: str, at: int, number: int, values: Tensor) -> None:
+        """Keep the row norms of `values`, (rows, n): part `number` of slab `at`, in float32 at least."""
+        norms = self._norms.get(name)
+        if norms is None:
+            norms = self._norms[name] = _Norms(self.blocks, values)
+        torch.linalg.vector_norm(values, 2, 1, dtype=norms.cast, out=norms.of[at, number])
 
-    def remember(self, name: str, stamp: object, measured: list[Tensor]) -> None:
-        """Keep what `measure` gave for every slab, under a stamp of what it was measured on."""
-        self._measured[name] = (stamp, measured)
-        self._sums.pop(name, None)
+    def remember(self, name: str, stamp: object) -> None:
+        """Put a stamp on what was measured last."""
+        if name in self._norms:
+            self._norms[name].renew(stamp)
 
     def sums_of(self, name: str, stamp: object) -> list[float] | None:
-        """The sum of squares of each block, if what was remembered carries this stamp."""
-        if name not in self._measured or self._measured[name][0] != stamp:
-            return None
-        if name not in self._sums:
-            self._sums[name] = (stamp, self._add_up(self._measured[name][1]))
-        return self._sums[name][1]
-
-    def _add_up(self, measured: Sequence[Tensor]) -> list[float]:
-        totals = [0.0] * len(self.blocks.stages)
-        values = iter(torch.cat(list(measured)).tolist() if measured else ())
-        for slab in self.blocks.slabs:
-            for block in slab.blocks:
-                totals[block] += next(values)
-        return totals
+        """The sum of squares of each block, if what was measured last carries this stamp."""
+        held = self._norms.get(name)
+        return held.squares() if held is not None and held.stamp == stamp else None

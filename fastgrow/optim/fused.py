@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
@@ -98,9 +99,15 @@ class Batch:
             for parameter, tensor in zip(self.parameters, column, strict=True):
                 if tensor.stride() != parameter.stride() or tensor.dtype != parameter.dtype:
                     tensor.set_(torch.empty_like(parameter).copy_(tensor))  # type: ignore[call-overload]
-        self._gradients = alike
+        self._columns = [self.parameters, alike, *moments]
         self._tensors = [*self.parameters, *(tensor for column in moments for tensor in column)]
-        self.table.bind([self.parameters, alike, *moments])
+        self.table.bind(self._columns)
+
+    def squares(self, tensors: Sequence[Tensor], out: Tensor) -> None:
+        """The sum of squares of every block of other tensors, laid out like the parameters, into `out`."""
+        self.table.bind([tensors])
+        self._norms_kernel.block_norms(self.table, out)
+        self.table.bind(self._columns)
 
     def refresh(self) -> bool:
         """Make the ratios those of the parameters as they are; whether the step is to leave new ones."""
@@ -116,7 +123,7 @@ class Batch:
                 self.table, self.table.partial, self.sums, self.ratio, self.waiting, self.adapt
             )
             self._stamps = self._now()
-        self._gradients = []
+        self._columns = []
 
     def mark_written(self) -> None:
         """Raise the version counters of what the kernel wrote, as an in-place operation would."""
@@ -147,6 +154,7 @@ class EtaSums:
     """AvaGrad's ||eta||^2 of every block of a batch, kept on the device from step to step."""
 
     def __init__(self, batch: Batch) -> None:
+        self._batch = weakref.proxy(batch)
         table = batch.table
         self.partial = torch.zeros_like(table.partial)
         self.sums = torch.zeros_like(batch.sums)
@@ -168,10 +176,10 @@ class EtaSums:
         """sqrt(d) / ||eta||, d and the norm over all blocks of one stage, for each block: (total,)."""
         return (self._elements / self._pooled(self.sums)).sqrt()[self._slots]
 
-    def renew(self, stamp: object, compute: Callable[[], Sequence[float]]) -> None:
-        """Take sums computed anew, unless those held were left under this stamp."""
+    def renew(self, stamp: object, etas: Callable[[], Sequence[Tensor]]) -> None:
+        """Take the sums of these eta_t, unless those held were left under this stamp."""
         if stamp != self._stamp:
-            self.sums.copy_(torch.tensor(list(compute()), dtype=self.sums.dtype))
+            self._batch.squares(etas(), self.sums)
 
     def left(self, stamp: object) -> None:
         """Note what the sums now belong to."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.optim.sgd import sgd
 from . import fused
 from .base import Backend, GrowingOptimizer, State
 from .blocks import Blocks
-from .entry import BlockNumbers, Number, add_scaled, is_zero, unwrap
+from .entry import BlockNumbers, Entry, unwrap
 
 __all__ = ["SGD"]
 
@@ -125,28 +126,44 @@ class SGD(GrowingOptimizer, torch.optim.SGD):
     def _coefficients(self, group: dict[str, Any], of: BlockNumbers) -> tuple[float, ...]:
         return of.rate, of.decay, of.gain
 
-    def _update_slab(
+    def _step_list(self, group: dict[str, Any], of: BlockNumbers, tensors: Sequence[list[Tensor]]) -> None:
+        params, grads, *moments = tensors
+        buffers = moments[0] if moments else []
+        options: dict[str, Any] = dict(
+            weight_decay=of.decay,
+            momentum=unwrap(group["momentum"]),
+            lr=of.rate,
+            dampening=1.0 - of.gain,
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+        )
+        if params[0].device.type == "cpu" and params[0].dtype in (torch.float16, torch.bfloat16):
+            # torch's fused SGD is wrong for these on the CPU, by tenths of the step (seen in 2.13)
+            sgd(params, grads, list(buffers) or [None] * len(params), has_sparse_grad=False, foreach=True, **options)
+        else:
+            torch._fused_sgd_(params, grads, buffers, is_first_step=False, **options)
+
+    def _slab_step(
         self,
         group: dict[str, Any],
-        numbers: Sequence[Number],
-        parameter: Tensor,
-        gradient: Tensor,
-        moments: Sequence[Tensor],
-        scratch: Tensor,
+        entry: Entry,
+        at: int,
+        numbers: Sequence[BlockNumbers],
+        pieces: Sequence[Tensor],
+        names: Sequence[str | None],
     ) -> None:
-        rate, decay, gain = numbers
-        if group["maximize"]:
-            gradient = torch.neg(gradient, out=scratch)
-        if not is_zero(decay):
-            gradient = add_scaled(gradient, parameter, decay, out=scratch)
-        if moments:
-            (buffer,) = moments
-            add_scaled(buffer.mul_(group["momentum"]), gradient, gain, out=buffer)
-            if group["nesterov"]:
-                gradient = torch.add(gradient, buffer, alpha=group["momentum"], out=scratch)
-            else:
-                gradient = buffer
-        add_scaled(parameter, gradient, -rate, out=parameter)
+        slab = entry.blocks.slabs[at]
+        buffered = len(slab.parts) > 1 and len(pieces) == 3 and not group["nesterov"]
+        if not buffered or len({(numbers[part.block].decay, numbers[part.block].gain) for part in slab.parts}) > 1:
+            super()._slab_step(group, entry, at, numbers, pieces, names)
+            return
+        # the buffers of all blocks at once; the step along them is one pass, so nothing needs a copy
+        self._step_list(group, replace(numbers[slab.main], rate=0.0), [[piece] for piece in pieces])
+        for number, part in enumerate(slab.parts):
+            value = entry.part(names[0], at, number, pieces[0])
+            value.add_(entry.part(names[2], at, number, pieces[2]), alpha=-numbers[part.block].rate)
+            if isinstance(part.columns, Tensor):
+                part.put(pieces[0], value)
 
     def _fused_step(
         self, group: dict[str, Any], batch: fused.Batch, rows: Sequence[Sequence[float]], norms: bool
