@@ -280,6 +280,8 @@ class observe:
             self._forget()
 
     def _forget(self) -> None:
+        for batch in self._batches:
+            batch.edges.clear()
         self._batches.clear()
 
     @contextlib.contextmanager
@@ -444,6 +446,7 @@ class observe:
         count = max(done, default=-1) + 1 if over else len(self._batches)
         for batch in self._batches[:count]:
             batch.closed = True
+            batch.edges.clear()  # each of them holds the graph that holds the batch
             if not batch.reached:  # a forward pass alone
                 continue
             fine = self._norms.put(batch.readings, batch.capture.samples)

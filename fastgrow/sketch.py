@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .errors import GrowthError
 from .operators import LinearMap
 from .solve import Directions, solve
 
@@ -45,6 +46,7 @@ class Sketch:
 
     def _prepare(self, like: LinearMap) -> None:
         rows, cols = like.shape
+        self._like = like.shape, like.dtype, like.device
         r = self.columns or sketch_columns(self.rank, like.granule)
         options = {"dtype": like.dtype, "device": like.device}
         if r * (rows + 2 * cols) >= rows * cols:
@@ -69,6 +71,11 @@ class Sketch:
         """One batch's terms of the sums."""
         if not self.sums:
             self._prepare(mapping)
+        if (mapping.shape, mapping.dtype, mapping.device) != self._like:
+            raise GrowthError(
+                f"a growth matrix of {mapping.shape} {mapping.dtype} {mapping.device} came after one of "
+                f"{' '.join(map(str, self._like))}: the model changed within one observation; begin a new one"
+            )
         if self.exact:
             return (mapping.dense(),)
         into = mapping.rmatmat(self.psi)
