@@ -13,13 +13,14 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler counts memory; i
 
 import torch
 
-from . import compiling, curves, directions, growth, memory, methods, nagn, ops, optim, report
+from . import compiling, curves, directions, growth, memory, methods, nagn, ops, optim, report, streaming
 from .rows import ROOT, Row, Settings, table, write_rows
 
 SUITES: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "ops": ops.run,
     "directions": directions.run,
     "growth": growth.run,
+    "streaming": streaming.run,
     "nagn": nagn.run,
     "optim": optim.run,
     "memory": memory.run,

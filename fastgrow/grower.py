@@ -6,12 +6,12 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .arguments import whole
+from .arguments import choice, whole
 from .costs import pricing, unit_costs
 from .distributed import replicas_of
 from .errors import GrowthError
@@ -46,11 +46,14 @@ class Grower:
             grower.step()
         grower.step(metric=accuracy)  # at the end of an epoch, for policies that read one
 
-    A trigger arms; the next `observe` measures; the `step` after it grows. Triggers that can be foreseen
-    arm one step ahead, so that growth comes on the very step. Unarmed, `observe` costs nothing.
+    A trigger arms; the next `batches` steps are measured; the `step` after them grows. Triggers that can be foreseen
+    arm so many steps ahead, so that growth comes on the very step. Unarmed, `observe` costs nothing.
 
     optimizer: one or a list. sites: as found by `find_sites`, or example_inputs to find them with.
     also: EMA copies that must follow. accumulation: `observe` blocks (micro-batches) per step.
+    batches: steps whose gradients are averaged for a growth, each at the weights of its own step; fewer before a
+    growth that is foreseen earlier, and one batch where a `closure` measures. growth: "exact" keeps the tensors of
+    all of them until it solves, "sketch" none (`observe`: approximate, for many batches).
     loss_reduction, loss_scale: as in `observe` (loss_scale: the GradScaler, where there is one).
     measure_gain: every report carries the decrease of the loss that the new units' first step brings, beside the
     predicted one (`GrowthReport.measured_gain`); growth then needs ``step(closure=...)``, and takes 3 calls of the
@@ -72,6 +75,8 @@ class Grower:
         how: How | None = None,
         also: Iterable[nn.Module] = (),
         accumulation: int = 1,
+        batches: int = 1,
+        growth: Literal["exact", "sketch"] = "exact",
         loss_reduction: str = "mean",
         loss_scale: Any = 1.0,
         measure_gain: bool = False,
@@ -91,28 +96,46 @@ class Grower:
         self.how = how if how is not None else GradMax()
         self.also = list(also)
         self.accumulation = whole("Grower", "accumulation", accumulation)
+        self.batches = whole("Grower", "batches", batches)
+        self.growth = choice("Grower", "growth", growth, ("exact", "sketch"))
         self.measure_gain = bool(measure_gain)
         self.history: list[GrowthReport] = []
         self.steps = 0
         self.dropped = 0
         self._options = {"loss_reduction": loss_reduction, "loss_scale": loss_scale}
-        self._armed = False
+        self._due: list[int] = []  # the steps on which growth was or will be due
+        self._asked = 0  # the last step that `when` was asked about
         self._seen: Observation | None = None
         self._watching: Observer | None = None
         self._ranks: ActivationRanks | None = None
-        self._blocks = 0
+        self._blocks = self._wanted = 0  # seen by the present observer, and how many make a measurement
+        self._for_gain = False
         self._observe_seconds = 0.0
+        if self.growth == "sketch":
+            self._observer(self._needs())  # refuses by name what cannot be sketched, before training begins
         self._arm_ahead()
 
     @property
     def armed(self) -> bool:
-        """Whether the next measured step grows."""
-        return self._armed
+        """Whether a growth is on its way: being measured, or carried out by the next measured step."""
+        return bool(self._due)
 
     # -- when -----------------------------------------------------------------------------------------
 
     def _arm_ahead(self) -> None:
-        self._armed = self.when.coming(self.steps + 1) or self._armed
+        for step in range(self._asked + 1, self.steps + self.batches + 1):
+            if self.when.coming(step):
+                self._due.append(step)
+            self._asked = step
+
+    def _arm_now(self, wanted: bool) -> None:
+        if wanted:
+            self._due = sorted({*self._due, self.steps})
+
+    def _disarm(self) -> None:
+        """No growth that was due by now is any more."""
+        self._due = [step for step in self._due if step > self.steps]
+        self._seen = None
 
     def _needs(self) -> frozenset[str]:
         reads = set(self.where.reads)
@@ -125,21 +148,13 @@ class Grower:
     @contextlib.contextmanager
     def observe(self) -> Iterator[None]:
         """Around the forward and backward pass of one micro-batch: measures where a growth is armed."""
-        measuring = self.when.measures(self.steps + 1)
-        # What a trigger measures may arm it: then this is all that the growth will have seen.
-        needs = self._needs() if self._armed or measuring else frozenset()
-        if measuring:
-            needs = needs | self.when.reads
-        if not needs or (self._seen is not None and self._armed):
+        if self._watching is None and not self._begin():
             yield
             return
-        if self._watching is None:
-            self._watching = self._observer(needs)
-            self._ranks = ActivationRanks(self.model, self.sites) if "ranks" in needs else None
-            self._blocks = 0
         watching = self._watching
+        assert watching is not None
         self._blocks += 1
-        last = self._blocks >= self.accumulation
+        last = self._blocks >= self._wanted
         started = 0.0
         try:
             with watching.block(last) as seen, self._watching_ranks():
@@ -154,9 +169,24 @@ class Grower:
             self.dropped += seen.dropped
             if seen.samples:
                 self._seen = seen
-            if measuring and self._seen is not None:
-                gains = self.when.gain(self._gains(self._seen))
-                self._armed = self._agreed(gains) or self._armed
+                if self._for_gain:
+                    self._arm_now(self._agreed(self.when.gain(self._gains(seen))))
+
+    def _begin(self) -> bool:
+        """A new observer where something must be measured."""
+        self._for_gain = self.when.measures(self.steps + self.batches)
+        # What a trigger measures may arm it: then this is all that the growth will have seen.
+        needs = self._needs() if self._due or self._for_gain else frozenset()
+        if self._for_gain:
+            needs = needs | self.when.reads
+        if not needs or (self._seen is not None and self._due):
+            return False
+        ahead = self._due[0] - self.steps if self._due else 0
+        self._wanted = self.accumulation * (min(ahead, self.batches) if ahead > 0 else self.batches)
+        self._blocks = 0
+        self._watching = self._observer(needs)
+        self._ranks = ActivationRanks(self.model, self.sites) if "ranks" in needs else None
+        return True
 
     def _watching_ranks(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self._ranks is None else self._ranks.watching()
@@ -166,7 +196,8 @@ class Grower:
         replicas = replicas_of(self.model)
         return decision if replicas is None else replicas.first(decision)
 
-    def _observer(self, needs: frozenset[str]) -> Observer:
+    def _observer(self, needs: frozenset[str], sketch: bool | None = None) -> Observer:
+        sketch = self.growth == "sketch" if sketch is None else sketch
         widths = self.sites.widths(self.model)
         growth: dict[str, Any] = {"growth": False}
         if needs & {"directions", "natural"}:
@@ -183,6 +214,9 @@ class Grower:
                 growth["unmapped"] = []
             if "natural" in needs:
                 growth["solvers"] = {**growth["solvers"], "natural": natural_directions}
+            if sketch and growth["growth"]:
+                growth["rank"] = {name: growth["rank"][name] for name in growth["growth"]}
+                growth["growth"] = "sketch"
         # Norms of gradients are free; with ranks alone they tell whether a batch came through.
         nagn = "nagn" in needs or needs == {"ranks"}
         return Observer(self.model, self.sites, nagn=nagn, **growth, **self._options)
@@ -212,9 +246,10 @@ class Grower:
         else:
             replicas = replicas_of(self.model)
             metric = float(metric) if replicas is None else replicas.mean(float(metric))
-            self._armed = self.when.metric(metric) or self._armed
-        report = self._grow(closure) if self._armed else None
-        if not self._armed or report is not None:
+            self._arm_now(self.when.metric(metric))
+        ready = bool(self._due) and self._due[0] <= self.steps
+        report = self._grow(closure) if ready else None
+        if not ready:
             self._seen = None
         if metric is None:
             self._arm_ahead()
@@ -235,7 +270,7 @@ class Grower:
             units = self.where.units(evidence)
             units = self._agreed({name: count for name, count in units.items() if count})
             if not units:
-                self._armed, self._seen = False, None
+                self._disarm()
                 return None
             if self.measure_gain:
                 before = time.perf_counter()
@@ -246,7 +281,7 @@ class Grower:
             )
         except BaseException:
             self.where.load_state_dict(remembered)
-            self._armed, self._seen = False, None
+            self._disarm()
             raise
         report.seconds = time.perf_counter() - started + self._observe_seconds - measuring
         report.step = self.steps
@@ -256,7 +291,8 @@ class Grower:
             "explanation": {name: dict(values) for name, values in self.where.explanation.items()},
         }
         self._observe_seconds = 0.0
-        self._armed, self._seen = False, None
+        self._disarm()
+        self._watching = None
         self.when.grew(self.steps)
         self.history.append(report)
         if meter is not None:  # last: a closure that fails here finds the growth done and on record
@@ -267,7 +303,7 @@ class Grower:
         needs = self._needs()
         self._ranks = ActivationRanks(self.model, self.sites) if "ranks" in needs else None
         with self._watching_ranks():
-            return observe_closure(self.model, self._observer(needs), closure)
+            return observe_closure(self.model, self._observer(needs, sketch=False), closure)
 
     def _ranks_found(self) -> dict[str, float]:
         if not isinstance(self.where, NORTH):
@@ -343,10 +379,14 @@ class Grower:
     # -- saving ---------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Step, policies and history as plain numbers, strings, lists and dicts."""
+        """Step, policies and history as plain numbers, strings, lists and dicts.
+
+        A measurement under way is not saved: the resumed run measures the steps that are left before the growth.
+        """
         return {
             "steps": self.steps,
-            "armed": self._armed,
+            "due": list(self._due),
+            "asked": self._asked,
             "when": self.when.state_dict(),
             "where": self.where.state_dict(),
             "history": [asdict(report) for report in self.history],
@@ -357,7 +397,8 @@ class Grower:
         self.when.load_state_dict(state["when"])
         self.where.load_state_dict(state["where"])
         self.steps = int(state["steps"])
-        self._armed = bool(state["armed"])
+        self._due = [int(step) for step in state["due"]]
+        self._asked = int(state["asked"])
         self._seen = self._watching = None
         self.history = [
             GrowthReport(**{**entry, "sites": [SiteGrowth(**site) for site in entry["sites"]]})

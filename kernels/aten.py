@@ -27,7 +27,7 @@ _SMALLEST = {
 def sum_of_squares(x: Tensor) -> Tensor:
     """() float32 (float64 for float64), accumulated in that dtype."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    if x.is_cuda:
+    if x.is_cuda or x.numel() <= _ROW:  # a norm adds side by side over one row; many layers are no larger
         return torch.linalg.vector_norm(x, dtype=wide).square()
     parts = [_square(part) for part in _chunks(x, wide)]
     if len(parts) == 1:
