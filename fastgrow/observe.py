@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from . import ops
 from .distributed import replicas_of, together
@@ -23,7 +22,7 @@ from .names import find_module
 from .replay import Capture
 from .site_solving import SiteSolving
 from .site_view import Solver
-from .sites import Sites, unwrap
+from .sites import Sites, argument_paths, tensors_of, unwrap
 from .solve import Directions
 
 __all__ = ["Observation", "observe"]
@@ -261,13 +260,15 @@ class observe:
         watched = producers | consumers | (set(self.sites.layers) if self._nagn else set())
         self._hook(self.model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True))
         by_weight: dict[int, str] = {}
+        calls = self.sites.graph.calls if self.sites.graph is not None else ()
+        weights = {call.name: call.weight for call in calls if call.bare}
         for name in watched:
             module = find_module(self.model, name)
-            if module is not None:
+            if module is not None and name not in weights:
                 watch = self._watcher(name, name in producers, name in consumers)
                 self._hook(module.register_forward_hook(watch, with_kwargs=True))
             else:
-                weight = dict(self.model.named_parameters(remove_duplicate=False)).get(name)
+                weight = tensors_of(self.model).get(weights.get(name, name))
                 if weight is None:
                     raise GrowthError(f"layer {name!r} is not in this model: the sites were found in another one")
                 by_weight[id(weight)] = name
@@ -283,17 +284,11 @@ class observe:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         batch = _Batch()
-        tensors = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        batch.capture.arguments = self._in_order(kwargs) or tuple(tensors)
-        batch.capture.samples = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
-        self._batches.append(batch)
-
-    def _in_order(self, kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        """Keyword arguments as the exported graph orders them; nothing where it names others."""
+        given = {p: leaf for p, leaf in argument_paths(self.model, args, kwargs) if isinstance(leaf, Tensor)}
         graph = self.sites.graph
-        inputs = graph.trace.inputs if graph is not None else ()
-        named = tuple(value for name in inputs if isinstance(value := kwargs.get(name), Tensor))
-        return named if len(named) == len(inputs) else ()
+        batch.capture.arguments = tuple(given.get(path) for path in graph.trace.paths) if graph is not None else ()
+        batch.capture.samples = next((tensor.shape[0] for tensor in given.values() if tensor.dim()), 1)
+        self._batches.append(batch)
 
     def _batch(self, output: Tensor) -> _Batch:
         if not self._batches:  # a part of the model was called on its own
@@ -323,6 +318,9 @@ class observe:
             batch.versions[key] = x._version
         if not output.requires_grad:
             return
+
+        if consumes:
+            batch.capture.called.add(key)
 
         def arrived(gradient: Tensor) -> None:
             if consumes:
@@ -475,10 +473,21 @@ class _FunctionalLayers(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if not isinstance(result, Tensor) or len(args) < 2 or not isinstance(args[0], Tensor):
+        kind = getattr(func, "__name__", "")
+        if kind not in _WEIGHTED or not isinstance(result, Tensor):
             return result
-        for operand in (*args[1:], *kwargs.values()):
-            name = self._by_weight.get(id(operand)) or self._by_weight.get(id(getattr(operand, "_base", None)))
-            if name is not None and isinstance(operand, Tensor) and operand.dim() >= 2:
-                self._saw(name, name in self._producers, name in self._consumers, args[0], result)
+        name, at = ("mat1", 1) if kind == "addmm" else ("input", 0)  # addmm takes the bias first
+        x = kwargs.get(name, args[at] if len(args) > at else None)
+        for operand in (*args[at + 1 :], *kwargs.values()):
+            if not isinstance(operand, Tensor) or operand is x or operand.dim() < 2:
+                continue
+            layer = self._by_weight.get(id(operand)) or self._by_weight.get(id(operand._base))
+            if layer is not None and isinstance(x, Tensor):
+                self._saw(layer, layer in self._producers, layer in self._consumers, x, result)
         return result
+
+
+_WEIGHTED = frozenset(
+    "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d embedding addmm mm matmul "
+    "__matmul__".split()
+)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .edits import attribute_edits
 from .layout import size
-from .sites import Sites, as_call, discover, tensors_of, unwrap, without_hooks
+from .sites import Sites, as_call, discover, open_outputs, tensors_of, unwrap, without_hooks
 
 __all__ = ["fake_copy", "find_sites", "forward_flops", "trial"]
 
@@ -74,6 +74,10 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode, shapes: Mapping[str, Seque
                 shape = shapes.get(name, tensor.shape)
                 fake = torch.empty(tuple(shape), dtype=tensor.dtype, device=tensor.device)
                 memo[id(tensor)] = nn.Parameter(fake, False) if isinstance(tensor, nn.Parameter) else fake
+        for module in inner.modules():  # what hooks computed (pruning): not to be copied, as it has a history
+            for value in vars(module).values():
+                if isinstance(value, Tensor):
+                    memo[id(value)] = torch.empty(tuple(value.shape), dtype=value.dtype, device=value.device)
     with without_hooks(inner):
         return copy.deepcopy(inner, memo)
 
@@ -84,7 +88,7 @@ def _run(model: nn.Module, mode: FakeTensorMode, example_inputs: Any) -> list[tu
     )
     with mode, torch.no_grad():
         output = model(*args, **kwargs)
-    return [tuple(t.shape) for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+    return [tuple(t.shape) for t in pytree.tree_leaves(open_outputs(output)) if isinstance(t, Tensor)]
 
 
 def trial(model: nn.Module, sites: Sites, units: Mapping[str, int], example_inputs: Any) -> str | None:
