@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from . import ops
+from .cuda_graphs import check_not_captured
 from .distributed import replicas_of, together
 from .errors import GrowthError
 from .names import find_module
@@ -253,6 +254,7 @@ class observe:
     # -- hooks ----------------------------------------------------------------------------------------
 
     def _install(self) -> None:
+        check_not_captured(self.model)
         if "torch._dynamo" in sys.modules:  # compiled code was traced without the hooks
             self._stack.enter_context(torch.compiler.set_stance("force_eager"))
         producers = {name for site in self._targets for name in site.producers}

@@ -163,3 +163,28 @@ def test_random_values_between_the_layers_are_refused_by_name() -> None:
     with pytest.raises(fg.GrowthError, match=r"random values \(randn\)"):
         fg.grow(model, {"fc1": 1}, sites=sites, closure=lambda: model(x).square().mean())
     assert model.fc1.out_features == 5
+
+
+def test_captured_modules_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = stacked(nn.Linear), torch.randn(6, 4)
+    sites = fg.find_sites(model, x)
+
+    def make_graphed_forward(forward: Any) -> Any:  # as torch.cuda.graphs names it
+        def new_fwd(*args: Any) -> Any:
+            return forward(*args)
+
+        return new_fwd
+
+    model[1].forward = make_graphed_forward(model[1].forward)
+    for act in (
+        lambda: fg.grow(model, {"0": 1}, fg.how.Random(), sites=sites),
+        lambda: fg.observe(model, sites).__enter__(),
+    ):
+        with pytest.raises(fg.GrowthError, match="'1' was captured by torch.cuda.make_graphed_callables"):
+            act()
+    del model[1].forward
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(fg.GrowthError, match="being captured"):
+        fg.grow(model, {"0": 1}, fg.how.Random(), sites=sites)
+    assert model[0].out_features == 5
