@@ -55,6 +55,8 @@ def show_mutations(module: GraphModule) -> None:
         if node.op != "call_function" or not _mutates(node):
             continue
         view, written = node.args[0], node
+        if _viewed(view) is None:
+            continue
         after = _later(node)
         while (base := _viewed(view)) is not None:
             readers = [user for user in base.users if user in after]
