@@ -293,9 +293,11 @@ def _joined(parts: Sequence[tuple[Capture, float]]) -> Capture:
     gradients = {key: torch.cat([weight * part.gradients[key] for part, weight in parts]) for key in first.gradients}
     columns = zip(*(part.arguments for part, _ in parts), strict=True)
     arguments = tuple(
-        torch.cat(column) if column[0].dim() and len(column[0]) == first.samples else column[0] for column in columns
+        torch.cat(column) if one is not None and one.dim() and len(one) == first.samples else one
+        for column in columns
+        for one in column[:1]
     )
-    return Capture(sum(part.samples for part, _ in parts), inputs, gradients, arguments)
+    return Capture(sum(part.samples for part, _ in parts), inputs, gradients, first.called, arguments)
 
 
 def _moved(found: Directions, device: torch.device | str) -> Directions:

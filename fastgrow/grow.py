@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .cuda_graphs import check_not_captured
 from .distributed import Replicas, replicas_of, together
 from .edits import EditBuilder, Edits
 from .errors import GrowthError
@@ -132,6 +133,7 @@ def grow(
     of the closure pass unchanged.
     """
     how = how if how is not None else GradMax()
+    check_not_captured(model)
     if sites is None:
         if closure is None:
             raise GrowthError("grow needs sites= (from find_sites), or a closure= from whose call they can be found")
@@ -163,6 +165,7 @@ def grow_observed(
 ) -> GrowthReport:
     """Grow from an observation that was made already (what `grow` and the Grower share)."""
     started = time.perf_counter()
+    check_not_captured(model)
     replicas = replicas_of(model)
     if replicas is not None:
         replicas.check_renewable()

@@ -13,7 +13,7 @@ from .layout import Leaf
 from .operators import ConvFlattenLinearPair, ConvPair, LinearMap, LinearPair, SumMap
 from .replay import Capture, Replay, ReplayMap, derivative_from_the_right
 from .sites import LayerCall, Site, Sites
-from .sites.nodes import bind, plain_name, short_name
+from .sites.nodes import bind, conv_padding, plain_name, short_name
 
 __all__ = ["growth_map"]
 
@@ -82,12 +82,10 @@ def _fits(sites: Sites, site: Site, producer: LayerCall, consumer: LayerCall) ->
     if not isinstance(out, Leaf):
         return False
     if producer.kind == "conv":
-        if isinstance(bind(producer.node)["padding"], str) or len(hidden) != len(
-            sites.graph.tensor_dims[producer.weight]
-        ):
+        if not _even(producer) or len(hidden) != len(sites.graph.tensor_dims[producer.weight]):
             return False
         if consumer.kind == "conv":
-            return isinstance(into, Leaf) and not isinstance(bind(consumer.node)["padding"], str)
+            return isinstance(into, Leaf) and _even(consumer)
         source = consumer.node.args[1] if short_name(consumer.node) == "addmm" else consumer.node.args[0]
         dims = sites.graph.dims[source]  # type: ignore[index]
         return len(dims) == 2 and tuple(getattr(into, "parts", (into,))) == tuple(hidden[1:])
@@ -112,7 +110,17 @@ def _geometry(call: LayerCall) -> _Geometry:
         values = (value,) if isinstance(value, int) else tuple(value)
         return tuple(int(v) for v in (values * len(kernel) if len(values) == 1 else values))
 
-    return _Geometry(kernel, each(bound["stride"]), each(bound["padding"]), each(bound["dilation"]))
+    dilation = each(bound["dilation"])
+    padding = tuple(before for before, _ in conv_padding(bound["padding"], kernel, dilation))
+    return _Geometry(kernel, each(bound["stride"]), padding, dilation)
+
+
+def _even(call: LayerCall) -> bool:
+    """Whether a convolution pads as much after as before (padding="same" of an even kernel does not)."""
+    bound = bind(call.node)
+    kernel = call.node.args[1].meta["val"].shape[2:]  # type: ignore[union-attr]
+    dilation = bound["dilation"] if len(bound["dilation"]) == len(kernel) else [bound["dilation"][0]] * len(kernel)
+    return all(before == after for before, after in conv_padding(bound["padding"], kernel, dilation))
 
 
 def growth_map(
@@ -131,6 +139,13 @@ def growth_map(
                 f"site {site.name!r}: {norm.module!r} (LayerNorm) mixes its channels, so units added by gradients "
                 "would change the function; leave the site out, or grow it by full duplication"
             )
+    written = {(slot.tensor, slot.dim) for slot in site.slots_of("producer")}
+    tied = sorted(slot.tensor for slot in site.slots_of("consumer") if (slot.tensor, slot.dim) in written)
+    if tied:
+        raise GrowthError(
+            f"site {site.name!r}: {tied[0]!r} is tied, producer and consumer at once, so its new entries cannot be "
+            "zero on one side only; exclude the site, or untie the weights"
+        )
     chain = plain_chain(sites, site)
     maps: list[LinearMap] = []
     for capture, weight in zip(captures, weights, strict=True):

@@ -41,7 +41,7 @@ def name_sites(model: nn.Module, example_inputs: Any, chains: Sequence[Sequence[
     graph = sites.graph
     assert graph is not None
     # the model's own arguments are not those of the chains
-    trace = dataclasses.replace(graph.trace, inputs=())
+    trace = dataclasses.replace(graph.trace, inputs=(), paths=())
     return dataclasses.replace(sites, graph=dataclasses.replace(graph, trace=trace))
 
 

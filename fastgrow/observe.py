@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from . import ops
+from .cuda_graphs import check_not_captured
 from .distributed import replicas_of, together
 from .errors import GrowthError
 from .names import find_module, find_tensor
@@ -26,7 +26,7 @@ from .replay import Capture
 from .site_sketching import Pieces, SiteSketches, check_version
 from .site_solving import SiteSolving
 from .site_view import Solver
-from .sites import Sites, unwrap
+from .sites import Sites, argument_paths, unwrap
 from .solve import Directions
 
 __all__ = ["Observation", "observe"]
@@ -306,6 +306,7 @@ class observe:
     # -- hooks ----------------------------------------------------------------------------------------
 
     def _install(self) -> None:
+        check_not_captured(self.model)
         if "torch._dynamo" in sys.modules:  # compiled code was traced without the hooks
             self._stack.enter_context(torch.compiler.set_stance("force_eager"))
         self._stack.enter_context(attention_opened(self.model))
@@ -314,13 +315,15 @@ class observe:
         watched = producers | consumers | (set(self.sites.layers) if self._nagn else set())
         self._hook(self.model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True))
         functional: dict[str, tuple[nn.Module, str]] = {}
+        calls = self.sites.graph.calls if self.sites.graph is not None else ()
+        weights = {call.name: call.weight for call in calls if call.bare}
         for name in watched:
             module = find_module(self.model, name)
-            if module is not None:
+            if module is not None and name not in weights:
                 watch = self._watcher(name, name in producers, name in consumers)
                 self._hook(module.register_forward_hook(watch, with_kwargs=True))
             else:
-                place = find_tensor(self.model, name)
+                place = find_tensor(self.model, weights.get(name, name))
                 if place is None:
                     raise GrowthError(f"layer {name!r} is not in this model: the sites were found in another one")
                 functional[name] = place
@@ -338,21 +341,15 @@ class observe:
         if self._streams and torch.is_grad_enabled():
             self._close(over=True)
         batch = self._new_batch()
-        tensors = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        batch.capture.arguments = self._in_order(kwargs) or tuple(tensors)
-        batch.capture.samples = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
+        given = {p: leaf for p, leaf in argument_paths(self.model, args, kwargs) if isinstance(leaf, Tensor)}
+        graph = self.sites.graph
+        batch.capture.arguments = tuple(given.get(path) for path in graph.trace.paths) if graph is not None else ()
+        batch.capture.samples = next((tensor.shape[0] for tensor in given.values() if tensor.dim()), 1)
 
     def _new_batch(self) -> _Batch:
         batch = _Batch(pieces=Pieces() if self._sketches is None else self._sketches.begin())
         self._batches.append(batch)
         return batch
-
-    def _in_order(self, kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        """Keyword arguments as the exported graph orders them; nothing where it names others."""
-        graph = self.sites.graph
-        inputs = graph.trace.inputs if graph is not None else ()
-        named = tuple(value for name in inputs if isinstance(value := kwargs.get(name), Tensor))
-        return named if len(named) == len(inputs) else ()
 
     def _batch(self, output: Tensor) -> _Batch:
         if not self._batches:  # a part of the model was called on its own
@@ -384,6 +381,9 @@ class observe:
         if not output.requires_grad:
             return
         measured = self._nagn and name in self.sites.layers
+
+        if consumes:
+            batch.capture.called.add(key)
 
         def arrived(gradient: Tensor) -> None:
             gradient = gradient.detach()
@@ -547,12 +547,23 @@ class _FunctionalLayers(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if not isinstance(result, Tensor) or len(args) < 2 or not isinstance(args[0], Tensor):
+        kind = getattr(func, "__name__", "")
+        if kind not in _WEIGHTED or not isinstance(result, Tensor):
             return result
         # Looked up anew: FSDP puts full parameters in the places of sharded ones for the call.
         by_weight = {id(getattr(module, leaf)): name for name, (module, leaf) in self._places.items()}
-        for operand in (*args[1:], *kwargs.values()):
-            name = by_weight.get(id(operand)) or by_weight.get(id(getattr(operand, "_base", None)))
-            if name is not None and isinstance(operand, Tensor) and operand.dim() >= 2:
-                self._saw(name, name in self._producers, name in self._consumers, args[0], result)
+        name, at = ("mat1", 1) if kind == "addmm" else ("input", 0)  # addmm takes the bias first
+        x = kwargs.get(name, args[at] if len(args) > at else None)
+        for operand in (*args[at + 1 :], *kwargs.values()):
+            if not isinstance(operand, Tensor) or operand is x or operand.dim() < 2:
+                continue
+            layer = by_weight.get(id(operand)) or by_weight.get(id(operand._base))
+            if layer is not None and isinstance(x, Tensor):
+                self._saw(layer, layer in self._producers, layer in self._consumers, x, result)
         return result
+
+
+_WEIGHTED = frozenset(
+    "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d embedding addmm mm matmul "
+    "__matmul__".split()
+)

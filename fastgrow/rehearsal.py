@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .distributed import without_gradient_traffic
+from .distributed import replicas_of, together, without_gradient_traffic
 from .errors import GrowthError
 from .sites import Sites, tensors_of, unwrap
 from .widen import widen
@@ -84,6 +84,7 @@ class Rehearsal:
         edits = self.build(units, starts)
         inner = unwrap(self.model)
         with preserved(self.model), restored(inner):
+            self._draw_alike()
             widen(inner, edits.tensors, attributes=edits.attributes, swaps=edits.swaps)
             yield Grown(
                 tensors_of(inner),
@@ -92,12 +93,32 @@ class Rehearsal:
             )
 
     def gradients(self, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """(loss, its gradients); zero where the loss does not depend on a tensor. ``.grad`` is not touched."""
-        with torch.enable_grad():
+        """(loss, its gradients); zero where the loss does not depend on a tensor. ``.grad`` is not touched.
+
+        Under DistributedDataParallel both are means over the ranks, the same bits on each.
+        """
+        replicas = replicas_of(self.model)
+        with together(replicas), torch.enable_grad():
             loss = checked_loss(self.closure)
             found = torch.autograd.grad(loss, list(tensors), allow_unused=True)
         pairs = zip(tensors, found, strict=True)
-        return loss.detach(), [torch.zeros_like(t) if g is None else g for t, g in pairs]
+        values = [loss.detach(), *(torch.zeros_like(t) if g is None else g for t, g in pairs)]
+        if replicas is not None:
+            values = [replicas.sum(value.contiguous()) / replicas.size for value in values]
+        return values[0], values[1:]
+
+    def _draw_alike(self) -> None:
+        """Rank 0's random state on every rank, so that all try the same units."""
+        replicas = replicas_of(self.model)
+        if replicas is None:
+            return
+        state = torch.get_rng_state()
+        replicas.share_([state])
+        torch.set_rng_state(state)
+        if replicas.device.type == "cuda":
+            state = torch.cuda.get_rng_state(replicas.device)
+            replicas.share_([state])
+            torch.cuda.set_rng_state(state, replicas.device)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from .edits import attribute_edits
 from .layout import size
 from .nn import attention_traced
 from .sharded import as_written, wrapped_modules
-from .sites import Sites, as_call, discover, tensors_of, unwrap, without_hooks
+from .sites import Sites, as_call, discover, open_outputs, tensors_of, unwrap, without_hooks
 
 __all__ = ["fake_copy", "find_sites", "forward_flops", "trial"]
 
@@ -80,6 +80,10 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode, shapes: Mapping[str, Seque
                 shape = shapes.get(name, tensor.shape)
                 fake = torch.empty(tuple(shape), dtype=tensor.dtype, device=tensor.device)
                 memo[id(tensor)] = nn.Parameter(fake, False) if isinstance(tensor, nn.Parameter) else fake
+        for module in inner.modules():  # what hooks computed (pruning): not to be copied, as it has a history
+            for value in vars(module).values():
+                if isinstance(value, Tensor):
+                    memo[id(value)] = torch.empty(tuple(value.shape), dtype=value.dtype, device=value.device)
     with without_hooks(inner), as_written(inner):
         return copy.deepcopy(inner, memo)
 
@@ -92,7 +96,7 @@ def _run(model: nn.Module, mode: FakeTensorMode, example_inputs: Any) -> list[tu
     args, kwargs = _fake(mode, as_call(example_inputs))
     with mode, torch.no_grad(), attention_traced(model):
         output = model(*args, **kwargs)
-    return [tuple(t.shape) for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+    return [tuple(t.shape) for t in pytree.tree_leaves(open_outputs(output)) if isinstance(t, Tensor)]
 
 
 def trial(model: nn.Module, sites: Sites, units: Mapping[str, int], example_inputs: Any) -> str | None:

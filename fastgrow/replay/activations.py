@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..errors import GrowthError
 from ..sites.nodes import bind, plain_name
 
-__all__ = ["derivative_from_the_right", "live_at_zero", "out_of_place"]
+__all__ = ["derivative_from_the_right", "expected", "live_at_zero", "out_of_place"]
 
 
 def _slope_one(x: Tensor) -> Tensor:
@@ -31,6 +32,10 @@ def live_at_zero(kind: str, node: Node) -> Callable[..., Tensor] | None:
     return None
 
 
+_ELEMENTWISE = frozenset("relu gelu hardtanh hardswish mish threshold".split())
+"""Ops of one element that torch does not tag as pointwise."""
+
+
 def derivative_from_the_right(node: Node) -> float | None:
     """f'(0+) of an elementwise op with one tensor operand and f(0) = 0; None for any other op."""
     tensors = [arg for arg in node.args if isinstance(arg, Node)]
@@ -38,7 +43,7 @@ def derivative_from_the_right(node: Node) -> float | None:
     if len(tensors) != 1 or node.kwargs.get("out") or not isinstance(target, torch._ops.OpOverload):
         return None
     kind = plain_name(node)
-    if torch.Tag.pointwise not in target.tags and kind not in ("relu", "gelu", "hardtanh"):
+    if torch.Tag.pointwise not in target.tags and kind not in _ELEMENTWISE:
         return None
     function = live_at_zero(kind, node) or out_of_place(target)
     x = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -54,6 +59,34 @@ def derivative_from_the_right(node: Node) -> float | None:
     return slope.item()
 
 
+_DRAWN = frozenset(
+    "rand rand_like randn randn_like randint randint_like randperm uniform normal multinomial bernoulli".split()
+)
+
+
+def expected(node: Node) -> float | None:
+    """The mean of a mask drawn at random (stochastic depth: dropout of a whole branch); None for any other op.
+
+    raises: GrowthError for other random values, which cannot be drawn again as they were.
+    """
+    kind = plain_name(node)
+    chances: list[Any] = []
+    if kind == "bernoulli" and len(node.args) > 1:
+        chances = [node.args[1]]
+    elif kind == "floor" and isinstance(node.args[0], Node) and plain_name(node.args[0]) == "add":
+        terms = node.args[0].args  # floor(keep + rand): Hugging Face's stochastic depth
+        if any(isinstance(term, Node) and plain_name(term) == "rand" for term in terms):
+            chances = [term for term in terms if not isinstance(term, Node)]
+    if len(chances) == 1 and isinstance(chances[0], (int, float)):
+        return float(chances[0])
+    if kind in _DRAWN:
+        raise GrowthError(
+            f"random values ({kind}) lie between the site's layers and cannot be drawn again as they were; use "
+            "how.ZeroOutgoing, or grow in a mode of the model that draws none"
+        )
+    return None
+
+
 def out_of_place(target: Any) -> Callable[..., Any]:
     """``aten.relu_.default`` -> ``aten.relu.default``."""
     if (
@@ -62,5 +95,5 @@ def out_of_place(target: Any) -> Callable[..., Any]:
         and not target._schema.name.endswith("__")
     ):
         packet = getattr(torch.ops.aten, target._schema.name.rpartition("::")[2][:-1])
-        return getattr(packet, target._overloadname or "default")
+        return getattr(packet, target._overloadname or "default", packet)
     return target

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.nn import functional as F
 
 from ..errors import GrowthError
 from ..layout import restricted_size, unit_positions
 from ..operators import LinearMap
 from ..sites import LayerCall, Slot
-from ..sites.nodes import bind
+from ..sites.nodes import bind, conv_padding
 from .middle import Replay
 
 __all__ = ["ReplayMap", "consumer_gradient", "consumer_pullback"]
@@ -45,9 +46,12 @@ def _conv_vjp(node: Node, call: LayerCall, v: Tensor, columns: Tensor | None, dz
     spatial = v.dim() - 2
     groups = int(bound["groups"])
     kernel = node.args[1].meta["val"].shape[2:]  # type: ignore[union-attr]
-    padding = bound["padding"]
-    if isinstance(padding, str):
-        raise GrowthError(f"layer {call.name!r}: padding={padding!r} is not supported on a replayed site; give numbers")
+    dilation = _per_dim(bound["dilation"], spatial)
+    padding = conv_padding(bound["padding"], kernel, dilation)
+    around = [side for pair in reversed(padding) for side in pair]
+    uneven = any(before != after for before, after in padding)
+    if uneven:  # padding="same" of an even kernel
+        v = F.pad(v, around)
     if columns is None:
         shape = (v.shape[1], dz.shape[1] // groups) if transposed else (dz.shape[1], v.shape[1] // groups)
         weight = v.new_zeros((*shape, *kernel))
@@ -59,13 +63,15 @@ def _conv_vjp(node: Node, call: LayerCall, v: Tensor, columns: Tensor | None, dz
         weight,
         None,
         _per_dim(bound["stride"], spatial),
-        _per_dim(padding, spatial),
-        _per_dim(bound["dilation"], spatial),
+        [0 if uneven else before for before, _ in padding],
+        dilation,
         transposed,
         _per_dim(bound["output_padding"], spatial) if transposed else [0] * spatial,
         groups,
         [columns is not None, columns is None, False],
     )
+    if uneven and grad_input is not None:
+        grad_input = F.pad(grad_input, [-side for side in around])
     return grad_input, grad_weight.transpose(0, 1) if transposed and grad_weight is not None else grad_weight
 
 
@@ -105,7 +111,9 @@ class ReplayMap(LinearMap):
             shape = _canonical(replay.tensors[slot.tensor].shape, slot.dim, out=False)
             self._out[name] = (shape[0], restricted_size(slot.layout, self._site.axis, one), *shape[2:])
         self.shape = tuple(sum(map(math.prod, shapes.values())) for shapes in (self._out, self._in))  # type: ignore[assignment]
-        gradients = [self._seen(call, number) for call, number in replay.consumers.values()]
+        read = {n: c for n, c in replay.consumers.items() if not replay.unread(*c)} or replay.consumers
+        self._consumers = read
+        gradients = [self._seen(call, number) for call, number in read.values()]
         self.dtype = replay.dtype
         self.device = gradients[0].device
         # power-of-two scaling: the products stay in float32's range whatever the units of the loss
@@ -115,12 +123,11 @@ class ReplayMap(LinearMap):
         self.exponent = (power + extra).to(self.dtype)
         shrink = torch.ldexp(torch.tensor(mantissa, dtype=self.dtype, device=self.device), -power)
         self._gradients = {
-            node: gradient.to(self.dtype) * shrink for node, gradient in zip(replay.consumers, gradients, strict=True)
+            node: gradient.to(self.dtype) * shrink for node, gradient in zip(read, gradients, strict=True)
         }
         taps = {name: math.prod(shape[1:]) for name, shape in self._out.items()}
         self.column_flops = 2.0 * sum(
-            gradient.numel() * taps[call.name]
-            for gradient, (call, _) in zip(gradients, replay.consumers.values(), strict=True)
+            gradient.numel() * taps[call.name] for gradient, (call, _) in zip(gradients, read.values(), strict=True)
         )
         for node, (call, _) in replay.producers.items():
             shape = node.meta["val"].shape
@@ -215,9 +222,11 @@ class ReplayMap(LinearMap):
             forward = functools.partial(self._replay.forward, units=units)
             images = torch.func.jvp(forward, (self._origin(units),), (rows,))[1]
         gradients: dict[str, Tensor] = {}
-        for node, (call, _) in self._replay.consumers.items():
+        for node, (call, _) in self._consumers.items():
             gradient = consumer_gradient(node, call, images[node], self._gradients[node])
             gradients[call.name] = gradients[call.name] + gradient if call.name in gradients else gradient
+        for name in self._out.keys() - gradients.keys():  # the loss does not depend on them
+            gradients[name] = self.columns(columns.new_zeros(self.shape[0], units))[name]
         return self._gather(gradients, self._out, "consumer", units)
 
     def unit_rmatmat(self, columns: Tensor) -> Tensor:
@@ -226,8 +235,9 @@ class ReplayMap(LinearMap):
         values, pull = self._pullback(units)
         cotangents = {
             node: consumer_pullback(node, call, spread[call.name], values[node], self._gradients[node])
-            for node, (call, _) in self._replay.consumers.items()
+            for node, (call, _) in self._consumers.items()
         }
+        cotangents |= {node: torch.zeros_like(values[node]) for node in values.keys() - cotangents.keys()}
         (rows,) = pull(cotangents)
         return self._gather(rows, self._in, "producer", units)
 

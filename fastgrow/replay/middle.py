@@ -32,7 +32,7 @@ from ..layout import (
 )
 from ..sites import Followed, LayerCall, Site, Sites, tensors_of, unwrap
 from ..sites.nodes import bind, plain_name, short_name
-from .activations import live_at_zero, out_of_place
+from .activations import expected, live_at_zero, out_of_place
 from .linear import linear_slopes, route_of_zeros
 
 __all__ = ["Capture", "Replay", "input_node"]
@@ -46,6 +46,7 @@ _IDENTITIES = {
     "native_dropout",
     "detach",
 }
+_FILLED = {"zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"}
 _NORM_STATISTICS = {"batch_norm", "instance_norm"}
 
 
@@ -56,7 +57,8 @@ class Capture:
     samples: int = 0
     inputs: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # of producers
     gradients: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # at consumers' outputs
-    arguments: tuple[Any, ...] = ()  # the tensors that the model was called with, in order
+    called: set[tuple[str, int]] = field(default_factory=set)  # consumers whose outputs a gradient could have reached
+    arguments: tuple[Tensor | None, ...] = ()  # the tensors that the model was called with, in the graph's order
 
     def of(self, layers: Collection[str]) -> Capture:
         """What it holds of these layers."""
@@ -64,7 +66,7 @@ class Capture:
             {key: tensor for key, tensor in tensors.items() if key[0] in layers}
             for tensors in (self.inputs, self.gradients)
         )
-        return replace(self, inputs=inputs, gradients=gradients)
+        return replace(self, inputs=inputs, gradients=gradients, called={k for k in self.called if k[0] in layers})
 
     def to(self, device: torch.device | str) -> Capture:
         """The same on another device."""
@@ -75,7 +77,7 @@ class Capture:
             self,
             inputs=inputs,
             gradients=gradients,
-            arguments=tuple(tensor.to(device) for tensor in self.arguments),
+            arguments=tuple(None if tensor is None else tensor.to(device) for tensor in self.arguments),
         )
 
 
@@ -112,7 +114,8 @@ class Replay:
         self.device = next(iter((*capture.gradients.values(), *capture.inputs.values()))).device
         self.modules = dict(unwrap(model).named_modules())
         self.sizes = sites.sizes(model)
-        self.arguments = dict(zip(self.graph.trace.inputs, capture.arguments, strict=False))
+        given = zip(self.graph.trace.inputs, capture.arguments, strict=False)
+        self.arguments = {name: tensor for name, tensor in given if tensor is not None}
         self._bind_inputs()
         self._side: dict[Node, Any] = {}
         self.producers = self._calls(site.producers)
@@ -164,6 +167,11 @@ class Replay:
             if call.name in names:
                 found[call.node] = (call, number)
         return found
+
+    def unread(self, call: LayerCall, number: int) -> bool:
+        """Whether a consumer was called, and the loss does not depend on it."""
+        key = (call.name, number)
+        return key in self.capture.called and key not in self.capture.gradients
 
     # -- values that do not carry the site's units ---------------------------------------------------
 
@@ -226,10 +234,15 @@ class Replay:
             return source.expand(shape) if kind == "expand" else source.reshape(shape)
         if kind in _IDENTITIES:
             return value_of(node.args[0])  # type: ignore[arg-type]
+        mean = expected(node)
+        if mean is not None:
+            shape = [extent_of(node)(dim, sizes) for dim in self.graph.dims[node]]
+            return torch.full(shape, mean, dtype=self.dtype, device=self.device)
         args: tuple[Any, ...] = torch.fx.node.map_arg(node.args, value_of)
         kwargs = dict(torch.fx.node.map_arg(node.kwargs, value_of))
-        if kind in ("to", "_to_copy"):
-            return args[0]
+        if kind in ("to", "_to_copy", "type_as"):
+            dtype = node.meta["val"].dtype
+            return args[0].to(self.dtype if dtype.is_floating_point else dtype)
         if kind == "scaled_dot_product_attention":
             return self._attention(node, args, kwargs)
         if self._slopes is not None and node in self._carrying:
@@ -243,7 +256,11 @@ class Replay:
             return special(*args, **kwargs)
         if kind in _NORM_STATISTICS:
             return self._batch_norm(node, args)
-        return out_of_place(target)(*args, **kwargs)
+        result = out_of_place(target)(*args, **kwargs)
+        if kind in _FILLED and result.numel():  # of the batch that the graph was made with
+            shape = [extent_of(node)(dim, sizes) for dim in self.graph.dims[node]]
+            result = result.reshape(-1)[:1].reshape([1] * result.dim()).expand(shape)
+        return result
 
     def _attention(self, node: Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
         bound = bind(node)

@@ -1,7 +1,7 @@
 """What can grow: the exported graph, dimension tracking, `Site`, `Sites`."""
 
 from .discover import discover
-from .graph import Followed, LayerCall, as_call, unwrap, without_hooks
+from .graph import Followed, LayerCall, argument_paths, as_call, open_outputs, unwrap, without_hooks
 from .site import Activation, AttributeRule, Gate, LayerInfo, Norm, Site, Sites, Slot, tensors_of
 
 __all__ = [
@@ -15,8 +15,10 @@ __all__ = [
     "Site",
     "Sites",
     "Slot",
+    "argument_paths",
     "as_call",
     "discover",
+    "open_outputs",
     "tensors_of",
     "unwrap",
     "without_hooks",

@@ -99,6 +99,8 @@ def _head_counts(repeat, modules, parent: str, layout: Layout, axis: int) -> Non
     """Head counts of the attention module and of the module around it."""
     layout = layout.parts[0] if isinstance(layout, Concat) else layout  # a fused qkv
     parts = layout.parts if isinstance(layout, Product) else (layout,)
+    while len(parts) > 1 and axis not in axes_of(parts[0]):  # a fused qkv viewed as (3, heads, head size)
+        parts = parts[1:]
     counted = parts[:-1] if len(parts) > 1 else parts
     for holder in dict.fromkeys((parent, parent.rpartition(".")[0])):
         if holder not in modules:

@@ -11,16 +11,17 @@ from typing import Any
 
 from torch import nn
 from torch.fx import Node
+from torch.nn.utils import parametrize
 
 from ..errors import GrowthError
 from ..insertions import places
 from ..layout import Concat, Layout, Leaf, Product, axes_of
 from . import rules as _rules  # noqa: F401 - registers what each op says
 from .attributes import attribute_rules
-from .graph import trace_model, unwrap
-from .nodes import module_of, plain_name, short_name
+from .graph import Trace, trace_model, unwrap
+from .nodes import bind, module_of, plain_name, short_name
 from .propagation import Propagation
-from .site import Activation, Gate, LayerInfo, Norm, Site, Sites, Slot
+from .site import Activation, Gate, LayerInfo, Norm, Site, Sites, Slot, tensors_of, unreadable
 
 __all__ = ["discover"]
 
@@ -80,11 +81,20 @@ def discover(
     chosen = _chosen(found, include, exclude)
     producing = {layer for site in found for slot in site.slots_of("producer", "middle") for layer in (slot.layer,)}
     frozen = {name: _why(propagation, name) for name in layers if name not in producing}
-    frozen |= _unreached(inner, layers)
-    left_out = tuple(site for site in found if site not in chosen)
-    frozen |= {site.name: "it was left out by include= or exclude=" for site in left_out}
+    frozen |= _unreached(inner, layers, trace)
     growing = {site.axis for site in found}
     constants = {axis: extent for axis, extent in propagation.tracker.sizes.items() if axis not in growing}
+    if chosen:
+        unread = unreadable(found, tensors_of(inner), constants)
+        for site in unread:
+            constants[site.axis] = site.width // site.step
+            frozen[site.name] = (
+                "it is cut at places written into the code, so its width cannot be told from its tensors"
+            )
+        found = [site for site in found if site not in unread]
+        chosen = [site for site in chosen if site not in unread]
+    left_out = tuple(site for site in found if site not in chosen)
+    frozen |= {site.name: "it was left out by include= or exclude=" for site in left_out}
     return Sites(tuple(chosen), layers, frozen, constants, left_out, propagation.followed(), places(inner))
 
 
@@ -164,16 +174,31 @@ def _why(propagation: Propagation, name: str) -> str:
 
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-_LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear)
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear, nn.EmbeddingBag)
 
 
-def _unreached(model: nn.Module, layers: dict[str, LayerInfo]) -> dict[str, str]:
+def _unreached(model: nn.Module, layers: dict[str, LayerInfo], trace: Trace) -> dict[str, str]:
     frozen: dict[str, str] = {}
+    ops: dict[str, str] = {}
+    for node in trace.nodes:
+        if node.op == "call_function":
+            ops[module_of(node)] = short_name(node)
+    reached = {value.rpartition(".")[0] for value in trace.tensors.values()}
     for name, module in model.named_modules():
         if isinstance(module, _RECURRENT):
             frozen[name] = "recurrent layers cannot grow: their hidden state feeds back into every gate"
         elif isinstance(module, _LAYERS) and name not in layers and f"{name}.weight" not in layers:
-            frozen[name] = "the example inputs do not reach it"
+            if parametrize.is_parametrized(module):
+                kinds = [type(each).__name__ for entry in module.parametrizations.values() for each in entry]  # type: ignore[operator]
+                frozen[name] = f"its weight is computed by a parametrization ({', '.join(kinds)}); remove it to grow"
+            elif "weight" not in module._parameters:
+                frozen[name] = "its weight is computed by a hook (pruning, weight_norm); make it permanent to grow"
+            elif name in ops:
+                frozen[name] = f"{ops[name]} mixes its channels in a way fastgrow does not know"
+            elif name in reached:
+                frozen[name] = "its weight is not used as it is, but computed with first"
+            else:
+                frozen[name] = "the example inputs do not reach it"
     return frozen
 
 
@@ -252,7 +277,7 @@ class _Assembly:
             slots=tuple(slots),
             step=step,
             heads=heads,
-            gates=self._gates(axis, middle),
+            gates=self._gates(axis, middle, producers),
             separate=any(c.kind == "grouped" and c.name in (*producers, *consumers) for c in self.p.layers),
             attributes=attribute_rules(self.model, slots, self.p, axis, heads),
             activations=self._activations(middle),
@@ -292,15 +317,22 @@ class _Assembly:
         ]
         return tuple(dict.fromkeys(found))
 
-    def _gates(self, axis: int, middle: Sequence[Node]) -> tuple[Gate, ...]:
-        """Producers whose values multiply the others': they must not start at zero."""
+    def _gates(self, axis: int, middle: Sequence[Node], producers: Sequence[str]) -> tuple[Gate, ...]:
+        """Producers whose values multiply the others': they must not start at zero.
+
+        No gate is needed where one factor is not zero at zero (a sigmoid, 1 + gamma): there the other learns.
+        """
         inside = set(middle)
         size = self.tracker.size
         writes: dict[Node, _Written] = {}
         for call in self.p.layers:
+            if call.name not in producers:
+                continue
             whole = size(self.tensor_dims[call.weight][call.out_dim])
             span = call.span(size)
             writes[call.node] = _Written(call.name, range(whole)[span], whole)
+        born_zero = {n for n, axes in self.node_axes.items() if n.op == "placeholder" and axis in axes}
+        quiet = inside & writes.keys() | born_zero
         gates: list[Gate] = []
         for node in middle:
             kind = plain_name(node)
@@ -308,11 +340,34 @@ class _Assembly:
                 gates += [gate for arg in node.args[:2] for gate in _sources(arg, inside, writes)[0]]
             elif kind in ("mul", "matmul", "bmm"):
                 operands = [arg for arg in node.args[:2] if isinstance(arg, Node) and arg in inside]
-                if len(operands) == 2:
+                if len(operands) == 2 and all(_silent(arg, inside, quiet) for arg in operands):
                     (first, first_bends), (second, second_bends) = (_sources(a, inside, writes) for a in operands)
                     if first and second and not set(first) & set(second):
                         gates += second if second_bends > first_bends else first
         return tuple(dict.fromkeys(gates))
+
+
+_LOUD = frozenset("sigmoid hardsigmoid softplus log_sigmoid exp exp2 cos rsub pow_Scalar reciprocal rsqrt".split())
+
+
+def _silent(node: Any, inside: set[Node], quiet: set[Node]) -> bool:
+    """Whether a value is zero where all producers (and what else is ``quiet``) are zero."""
+    if not isinstance(node, Node):
+        return bool(node == 0)
+    kind = plain_name(node)
+    if node in quiet or kind == "softmax":  # an attention pattern counts as what it is made of
+        return True
+    bias = bind(node).get("bias")
+    if node not in inside or kind in _LOUD or (isinstance(bias, Node) and bias not in quiet):
+        return False
+    operands = [arg for arg in node.args[:2] if isinstance(arg, (Node, int, float))]
+    if kind in ("add", "sub"):
+        return all(_silent(arg, inside, quiet) for arg in operands)
+    if kind == "mul":
+        factors = [arg for arg in operands if arg not in quiet or arg in inside]  # a scale is not born zero
+        return any(_silent(arg, inside, quiet) for arg in factors)
+    sources = [source for source in node.all_input_nodes if source in inside]
+    return all(_silent(source, inside, quiet) for source in sources)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,12 +16,25 @@ from torch import Tensor, nn
 from torch.export.graph_signature import OutputKind
 from torch.fx import GraphModule, Node
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils import _pytree as pytree
 
 from ..errors import GrowthError
 from ..layout import Layout
 from ..nn import attention_traced
+from .mutation import show_mutations
 
-__all__ = ["Followed", "LayerCall", "Trace", "as_call", "tensor_names", "trace_model", "unwrap", "without_hooks"]
+__all__ = [
+    "Followed",
+    "LayerCall",
+    "Trace",
+    "argument_paths",
+    "as_call",
+    "open_outputs",
+    "tensor_names",
+    "trace_model",
+    "unwrap",
+    "without_hooks",
+]
 
 
 @dataclass(frozen=True)
@@ -28,6 +44,7 @@ class Trace:
     module: GraphModule
     tensors: Mapping[str, str]  # placeholder -> state-dict name (tied tensors: the first of their names)
     inputs: tuple[str, ...]  # placeholders of the user's inputs, in order
+    paths: tuple[str, ...]  # where each of these stands among the forward's arguments, as `argument_paths` says
     constants: Mapping[str, Tensor]  # placeholders of tensors that the code made itself
     shapes: tuple[tuple[int, ...], ...]  # of the example inputs, in order
     outputs: tuple[tuple[int, ...], ...]  # of the model's outputs, in order
@@ -53,6 +70,7 @@ class LayerCall:
     out_dim: int  # of the weight
     in_dim: int
     channel: int  # the output's channel dimension
+    bare: bool = False  # the op is not all that its module does, or is called without one
     part: tuple[Layout, Layout] | None = None
 
     def span(self, length: Callable[[Layout], int]) -> slice:
@@ -91,6 +109,54 @@ def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example_inputs, (tuple, list)):
         return tuple(example_inputs), {}
     return (example_inputs,), {}
+
+
+def argument_paths(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The leaves of a call, each with its place: the parameter's name, then keys and positions inside it.
+
+    The same whether an argument is given by position or by name, and whatever the order of the names.
+    """
+    parameters = inspect.signature(unwrap(model).forward).parameters.values()
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "args")
+    roots: list[tuple[str, Any]] = [
+        (positional[at] if at < len(positional) else f"{rest}[{at - len(positional)}]", value)
+        for at, value in enumerate(args)
+    ]
+    found: list[tuple[str, Any]] = []
+    for root, value in (*roots, *kwargs.items()):
+        found += [(root + pytree.keystr(path), leaf) for path, leaf in pytree.tree_flatten_with_path(value)[0]]
+    return found
+
+
+def open_outputs(output: Any) -> Any:
+    """An output with dataclasses that pytree does not know turned into dicts."""
+
+    def opened(leaf: Any) -> Any:
+        if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
+            return leaf
+        return {entry.name: open_outputs(getattr(leaf, entry.name)) for entry in dataclasses.fields(leaf)}
+
+    return pytree.tree_map(opened, output)
+
+
+@contextlib.contextmanager
+def _opened(model: nn.Module) -> Iterator[None]:
+    """The forward pass returns what torch.export takes."""
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def opening(*args: Any, **kwargs: Any) -> Any:
+        return open_outputs(forward(*args, **kwargs))
+
+    own = vars(model).get("forward")
+    vars(model)["forward"] = opening
+    try:
+        yield
+    finally:
+        del vars(model)["forward"]
+        if own is not None:
+            vars(model)["forward"] = own
 
 
 def tensor_names(model: nn.Module) -> dict[str, str]:
@@ -198,7 +264,7 @@ def trace_model(model: nn.Module, example_inputs: Any) -> Trace:
     program = None
     for mode in attempts:
         try:
-            with torch.random.fork_rng(devices=[]), _undisturbed(model), mode:
+            with torch.random.fork_rng(devices=[]), _undisturbed(model), mode, _opened(model):
                 program = torch.export.export(model, args, kwargs, strict=False)
             break
         except Exception as error:
@@ -210,6 +276,7 @@ def trace_model(model: nn.Module, example_inputs: Any) -> Trace:
             "inputs that the forward pass accepts, or name the sites by hand with fastgrow.name_sites"
         ) from reason
     signature = program.graph_signature
+    nodes = {node.name for node in program.graph.nodes if node.op == "placeholder"}
     first = tensor_names(model)
     tensors = {
         placeholder: first.get(target, target)
@@ -223,7 +290,13 @@ def trace_model(model: nn.Module, example_inputs: Any) -> Trace:
         for placeholder, target in signature.inputs_to_lifted_tensor_constants.items()
         if isinstance(program.constants.get(target), Tensor)
     }
-    inputs = tuple(str(name) for name in signature.user_inputs if isinstance(name, str))
+    leaves = argument_paths(model, args, kwargs)
+    placed = [
+        (str(name), path)
+        for name, (path, _) in zip(signature.user_inputs, leaves, strict=True)
+        if isinstance(name, str) and name in nodes
+    ]
+    inputs, paths = tuple(name for name, _ in placed), tuple(path for _, path in placed)
     shapes = tuple(
         tuple(node.meta["val"].shape)
         for node in program.graph.nodes
@@ -235,6 +308,7 @@ def trace_model(model: nn.Module, example_inputs: Any) -> Trace:
         for node in program.graph.output_node().args[0]
         if isinstance(node, Node) and node.name in users and isinstance(node.meta.get("val"), Tensor)
     )
-    module = _inline_regions(program.graph_module)
-    module.graph.eliminate_dead_code()  # what nobody reads (attention weights that were not asked for) ties nothing
-    return Trace(module, tensors, inputs, constants, shapes, outputs)
+    graph = _inline_regions(program.graph_module)
+    show_mutations(graph)
+    graph.graph.eliminate_dead_code()  # what nobody reads (attention weights not asked for) ties nothing
+    return Trace(graph, tensors, inputs, paths, constants, shapes, outputs)

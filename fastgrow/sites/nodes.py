@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-__all__ = ["bind", "module_of", "plain_name", "shape_of", "short_name"]
+__all__ = ["bind", "conv_padding", "module_of", "plain_name", "shape_of", "short_name"]
 
 
 def short_name(node: Node) -> str:
@@ -38,6 +39,17 @@ def bind(node: Node) -> dict[str, Any]:
         else:
             bound[argument.name] = argument.default_value if argument.has_default_value() else None
     return bound
+
+
+def conv_padding(
+    padding: int | str | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]
+) -> list[tuple[int, int]]:
+    """What a convolution pads before and after, in each spatial dimension, with "same" and "valid" in numbers."""
+    if isinstance(padding, str):
+        total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
+        return [(each // 2, each - each // 2) for each in total]
+    values = [padding] if isinstance(padding, int) else list(padding)
+    return [(int(p), int(p)) for p in (values * len(kernel) if len(values) == 1 else values)]
 
 
 def shape_of(node: Node) -> list[int]:

@@ -126,11 +126,11 @@ class Propagation:
         owner, _, leaf = tensor.rpartition(".")
         stack = node.meta.get("nn_module_stack") or {}
         kind = str(list(stack.values())[-1][1]).rpartition(".")[2] if stack else ""
-        if leaf == "weight" and module == owner:
+        if leaf == "weight" and module == owner and owner:
             return module
         if leaf == "weight" and kind in _LAYER_CLASSES:  # a tied weight seen through its other owner
             return module
-        return owner if leaf == "weight" else tensor
+        return owner if leaf == "weight" and owner else tensor
 
     def use(self, tensor: str | None, dim: int, role: str, layer: str) -> None:
         if tensor is not None:

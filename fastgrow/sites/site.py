@@ -179,8 +179,9 @@ class Sites(Sequence[Site]):
             )
         tensors = tensors_of(model)
         sizes = dict(self.constants)
-        for site in (*self.items, *self.left_out):
-            sizes[site.axis] = _axis_size(site, tensors, sizes)
+        missing = _read(sizes, (*self.items, *self.left_out), tensors)
+        if missing:
+            raise GrowthError(f"site {missing[0].name!r}: its width cannot be read from the model's tensors")
         return sizes
 
     def width(self, model: nn.Module, site: Site | str) -> int:
@@ -203,8 +204,34 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _axis_size(site: Site, tensors: Mapping[str, Tensor], known: Mapping[int, int]) -> int:
-    """Solve a dimension's length for the size of the site's axis: it is linear in it."""
+def unreadable(sites: Sequence[Site], tensors: Mapping[str, Tensor], known: Mapping[int, int]) -> list[Site]:
+    """The fewest sites, first come, that must keep their widths for the others' to be told from the tensors."""
+    sizes, found = dict(known), []
+    while missing := _read(sizes, sites, tensors):
+        found.append(missing[0])
+        sizes[missing[0].axis] = missing[0].width // missing[0].step
+    return found
+
+
+def _read(sizes: dict[int, int], sites: Sequence[Site], tensors: Mapping[str, Tensor]) -> list[Site]:
+    """Enter the sites' sizes, each as soon as those it shares its tensors with are known; returns the rest."""
+    rest = [site for site in sites if site.axis not in sizes]
+    while rest:
+        left = []
+        for site in rest:
+            found = _axis_size(site, tensors, sizes)
+            if found is None:
+                left.append(site)
+            else:
+                sizes[site.axis] = found
+        if len(left) == len(rest):
+            break
+        rest = left
+    return rest
+
+
+def _axis_size(site: Site, tensors: Mapping[str, Tensor], known: Mapping[int, int]) -> int | None:
+    """Solve a dimension's length for the size of the site's axis: it is linear in it. None: others come first."""
     for slot in site.slots:
         others = [axis for axis in axes_of(slot.layout) if axis != site.axis and axis not in known]
         if others:
@@ -220,4 +247,4 @@ def _axis_size(site: Site, tensors: Mapping[str, Tensor], known: Mapping[int, in
                 f"{base} + {slope} x n; the model was resized since its sites were found: find them again"
             )
         return (length - base) // slope
-    raise GrowthError(f"site {site.name!r}: its width cannot be read from the model's tensors")
+    return None

@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from ...layout import Layout, Product
 from ..graph import LayerCall
-from ..nodes import shape_of, short_name
+from ..nodes import module_of, shape_of, short_name
 from ..propagation import Dims, Propagation, rule
 
 
@@ -17,6 +17,8 @@ def _record_layer(p: Propagation, node: Node, kind: str, weight: Any, bias: Any,
     if name is None:
         cut, bias_cut = p.slice_of(weight, out_dim), p.slice_of(bias, 0)
         if cut is None or (bias is not None and (bias_cut is None or not _same_place(p, cut, bias_cut))):
+            for dim in p.of(weight):
+                p.tracker.freeze(dim, "it is a dimension of a weight that is computed from other tensors")
             return
         name, part = cut[0], cut[1:]
         bias_name = None if bias_cut is None else bias_cut[0]
@@ -24,12 +26,40 @@ def _record_layer(p: Propagation, node: Node, kind: str, weight: Any, bias: Any,
     p.use(name, out_dim, "producer", layer)
     p.use(name, 1 - out_dim, "consumer", layer)
     p.use(bias_name, 0, "bias", layer)
-    p.layers.append(LayerCall(layer, kind, node, name, bias_name, out_dim, 1 - out_dim, channel, part))
+    bare = _is_bare(node, layer)
+    p.layers.append(LayerCall(layer, kind, node, name, bias_name, out_dim, 1 - out_dim, channel, bare, part))
 
 
 def _same_place(p: Propagation, cut: tuple[str, Layout, Layout], other: tuple[str, Layout, Layout]) -> bool:
     """Whether two slices start and end at the same positions."""
     return all(p.tracker.size(mine) == p.tracker.size(its) for mine, its in zip(cut[1:], other[1:], strict=True))
+
+
+_WRAPPING = {"view", "to", "_to_copy", "contiguous", "_assert_tensor_metadata"}
+
+
+def _is_bare(node: Node, layer: str) -> bool:
+    """Whether the layer's module, if there is one, does more than this op: what it takes and gives is not the op's.
+
+    Views and casts around the op do not count (Hugging Face's Conv1D).
+    """
+    if module_of(node) != layer:
+        return True
+    source: Any = node.args[1 if short_name(node) == "addmm" else 0]
+    while _inside(source, layer) and short_name(source) in _WRAPPING:
+        source = source.args[0]
+    readers, waiting = [], list(node.users)
+    while waiting:
+        reader = waiting.pop()
+        if _inside(reader, layer) and short_name(reader) in _WRAPPING:
+            waiting += reader.users
+        else:
+            readers.append(reader)
+    return any(_inside(at, layer) for at in (source, *readers))
+
+
+def _inside(node: Any, layer: str) -> bool:
+    return isinstance(node, Node) and node.op == "call_function" and module_of(node) == layer
 
 
 def _matmul_weight(p: Propagation, node: Node, x: Any, weight: Any, bias: Any, out_dim: int) -> Dims:
@@ -46,7 +76,10 @@ def _matmul_weight(p: Propagation, node: Node, x: Any, weight: Any, bias: Any, o
 
 @rule("linear")
 def _linear(p: Propagation, node: Node, a: dict[str, Any]) -> Dims:
-    return _matmul_weight(p, node, a["input"], a["weight"], a["bias"], out_dim=0)
+    weight, columns = _weight_of(p, a["weight"])  # of F.linear(x, layer.weight.t()) the tensor itself
+    if weight is None:
+        return _matmul_weight(p, node, a["input"], a["weight"], a["bias"], out_dim=0)
+    return _matmul_weight(p, node, a["input"], weight, a["bias"], out_dim=1 - columns)
 
 
 def _weight_of(p: Propagation, value: Any) -> tuple[Node | None, int]:
@@ -130,7 +163,10 @@ def _any_conv(p: Propagation, node: Node, a: dict[str, Any], *, transposed: bool
         p.use(name, 0, "middle", layer)
         p.use(p.tensor(a["bias"]), 0, "middle_bias", layer)
         if name is not None:
-            p.layers.append(LayerCall(layer, "depthwise", node, name, p.tensor(a["bias"]), 0, 1, channel))
+            bias = p.tensor(a["bias"])
+            p.layers.append(LayerCall(layer, "depthwise", node, name, bias, 0, 1, channel, _is_bare(node, layer)))
+        else:
+            p.tracker.freeze(out, "it is a dimension of a weight that is computed from other tensors")
         out = p.tracker.resolve(out)
     else:
         group = p.tracker.axis(groups, "the number of groups is fixed")
@@ -155,7 +191,10 @@ def _embedding(p: Propagation, node: Node, a: dict[str, Any]) -> Dims:
     if name is not None:
         layer = p.layer_name(node, name)
         p.use(name, 1, "producer", layer)
-        p.layers.append(LayerCall(layer, "embedding", node, name, None, 1, 0, -1))
+        bare = module_of(node) != layer or any(_inside(user, layer) for user in node.users)
+        p.layers.append(LayerCall(layer, "embedding", node, name, None, 1, 0, -1, bare))
+    else:
+        p.tracker.freeze(weight[1], "it is a dimension of a weight that is computed from other tensors")
     p.tracker.freeze(weight[0], "it is a vocabulary")
     return [*p.of(a["indices"]), weight[1]]
 

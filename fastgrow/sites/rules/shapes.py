@@ -218,6 +218,38 @@ def _pool(p: Propagation, node: Node, a: dict[str, Any]) -> Any:
     return result if isinstance(value, Tensor) else [list(result) for _ in value]
 
 
+@rule("pixel_shuffle")
+def _pixel_shuffle(p: Propagation, node: Node, a: dict[str, Any]) -> Any:
+    """(..., C r^2, H, W) -> (..., C, H r, W r): a channel's r^2 pixels grow together."""
+    dims, shape = p.of(a["self"]), shape_of(node)
+    cut = p.tracker.split_product(dims[-3], [shape[-3], a["upscale_factor"] ** 2])
+    if cut is None:
+        return p.opaque(node, "pixel_shuffle cuts across it")
+    p.tracker.freeze(cut[1], "it is a pixel's place within a channel")
+    return [*dims[:-3], cut[0], *p.fresh(shape[-2:], "it is a spatial dimension")]
+
+
+@rule("pixel_unshuffle")
+def _pixel_unshuffle(p: Propagation, node: Node, a: dict[str, Any]) -> Dims:
+    dims, shape = p.of(a["self"]), shape_of(node)
+    pixels = p.tracker.axis(a["downscale_factor"] ** 2, "it is a pixel's place within a channel")
+    channels = p.tracker.resolve(Product((dims[-3], pixels)))
+    return [*dims[:-3], channels, *p.fresh(shape[-2:], "it is a spatial dimension")]
+
+
+@rule("slice_scatter", "select_scatter")
+def _scatter(p: Propagation, node: Node, a: dict[str, Any]) -> Dims:
+    """A tensor with a part written over."""
+    dims, written = list(p.of(a["self"])), list(p.of(a["src"]))
+    along = a["dim"] % len(dims)
+    p.tracker.freeze(dims[along], "a part of it is overwritten")
+    if len(written) == len(dims):
+        written.pop(along)
+    others = [dim for position, dim in enumerate(dims) if position != along]
+    joined = p.tracker.broadcast([others, written], "it is written over another tensor")
+    return [*joined[:along], dims[along], *joined[along:]]
+
+
 @rule("_assert_tensor_metadata", "_assert_async", "sym_size", "_assert_scalar")
 def _nothing(p: Propagation, node: Node, a: dict[str, Any]) -> Dims:
     return []

@@ -63,7 +63,7 @@ def _group_norm(p: Propagation, node: Node, a: dict[str, Any]) -> Dims:
     return list(dims)
 
 
-@rule(POINTWISE, "where")
+@rule(POINTWISE, "where", "masked_fill", "copy")
 def _pointwise(p: Propagation, node: Node, a: dict[str, Any]) -> Dims:
     operands = [value for value in _tensors(node.args) + _tensors(node.kwargs.values()) if value in p.dims]
     role = "scale" if plain_name(node) in ("mul", "div") else "shift"
@@ -98,6 +98,7 @@ def _tensors(values: Any) -> list[Node]:
     "alias",
 )
 @rule("to", "_to_copy", "type_as", "relu", "hardtanh", "gelu", "native_dropout", "rrelu")
+@rule("hardswish", "mish", "threshold", "bernoulli", "uniform", "normal", "fill")
 def _same(p: Propagation, node: Node, a: dict[str, Any]) -> Dims:
     return list(p.of(node.args[0]))
 

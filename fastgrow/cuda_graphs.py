@@ -1,0 +1,28 @@
+"""CUDA graphs replay kernels on fixed memory: a captured module neither runs hooks nor sees new parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .errors import GrowthError
+from .sites import unwrap
+
+__all__ = ["check_not_captured"]
+
+
+def check_not_captured(model: nn.Module) -> None:
+    """Raises `GrowthError` while a CUDA graph is captured, and for modules that `make_graphed_callables` captured."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise GrowthError(
+            "a CUDA graph is being captured: growth changes the memory that it would replay; grow outside the capture, "
+            "and capture again afterwards"
+        )
+    for name, module in unwrap(model).named_modules():
+        forward = vars(module).get("forward")
+        if "make_graphed_forward" in getattr(forward, "__qualname__", ""):
+            raise GrowthError(
+                f"{name or 'the model'!r} was captured by torch.cuda.make_graphed_callables, which replays its old "
+                "parameters and runs no hooks; grow before capturing (del module.forward gives its own forward back), "
+                "and capture again afterwards"
+            )
