@@ -13,7 +13,8 @@ from nets import Blank, incoming_gradients
 from tolerances import tolerance
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from zoo_vision import IMAGES, Generator, StochasticDepth
+from zoo_parts import StochasticDepth
+from zoo_vision import IMAGES, Generator
 from zoo_writing import WRITTEN
 
 import fastgrow as fg
