@@ -205,3 +205,45 @@ def test_functional_relu_is_refused_where_units_would_be_dead() -> None:
     for how in (GradMaxOpt(), fg.how.TINY()):
         with pytest.raises(fg.GrowthError, match="called as a function"):
             fg.grow(model, {"a": 1}, how, sites=sites, closure=lambda: model(x).square().mean())
+
+
+@pytest.mark.parametrize("how", [fg.how.GradMax(), fg.how.Random(), fg.how.TINY(), fg.how.GradMaxOpt()], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_outgoing_weights_behind_batch_norm(how: fg.how.How, training: bool) -> None:
+    """In training mode sqrt(eps) smaller, for the norm blows units up to variance 1 after their first step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, eps=1e-4), nn.ReLU(), nn.Linear(8, 4)).train(training)
+    x, y = torch.randn(64, 6), torch.randint(0, 4, (64,))
+    sites = fg.find_sites(model, x)
+    present = model[3].get_parameter("weight").detach().norm(dim=0).mean()
+
+    def loss() -> Tensor:
+        return nn.functional.cross_entropy(model(x), y)
+
+    fg.grow(model, {"0": 2}, how, sites=sites, closure=loss)
+    born = model[3].get_parameter("weight").detach()[:, 8:].norm(dim=0)
+    wanted = 0.5 * float(present) * (1e-2 if training else 1.0)
+    assert born.tolist() == pytest.approx([wanted, wanted], rel=1e-3)
+
+
+def test_growing_behind_batch_norm_does_not_upset_training() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+    x = torch.randn(256, 6)
+    y = (x[:, :4] * x[:, 2:]).argmax(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+    def step() -> float:
+        loss = nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    before = [step() for _ in range(100)][-1]
+    sites = fg.find_sites(model, x)
+    closure = lambda: nn.functional.cross_entropy(model(x), y)  # noqa: E731
+    fg.grow(model, {"0": 8}, sites=sites, optimizer=optimizer, closure=closure)
+    after = [step() for _ in range(30)]
+    assert max(after) < 1.05 * before
+    assert after[-1] < 0.9 * before

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import GrowthError
 from ..layout import new_positions, restricted_size, unit_positions, whole_unit_positions
+from ..names import find_module
 from ..site_view import SiteView
 from ..sites import Site, Sites, Slot, tensors_of
 from ..solve import Directions
@@ -151,6 +152,27 @@ class Newborns:
     def mean_norm(self, role: str) -> float:
         """Mean norm of the present units' outgoing or incoming weights."""
         return float(self.old_norms(role).mean())
+
+    def outgoing_norm(self, scale: float, norm: str) -> float:
+        """The norm of a new outgoing column: `scale` ("fixed"), or `scale` times the mean norm of the present ones.
+
+        The latter is multiplied by sqrt(eps) for each batch norm in training mode that the units pass: it divides what
+        reaches units at zero by sqrt(eps) (316-fold at 1e-5; GradMax, App. C), and gives them variance 1 after their
+        first step, however small that was. So the gradient attained is that of a net without the norm, and the units'
+        outgoing weights grow with what they learn, where large ones would add their untrained values at once.
+        """
+        if norm == "fixed":
+            return scale
+        for passed in self.site.norms:
+            module = find_module(self.model, passed.module)
+            if passed.kind == "batch_norm" and module is not None and takes_batch_statistics(module):
+                scale *= float(getattr(module, "eps", 1.0)) ** 0.5
+        return scale * self.mean_norm("consumer")
+
+
+def takes_batch_statistics(norm: nn.Module) -> bool:
+    """Whether a batch norm's forward pass would use the batch's own mean and variance."""
+    return norm.training or getattr(norm, "running_mean", None) is None
 
 
 class How:

@@ -23,7 +23,8 @@ class GradMax(How):
     The function stays what it was (activations with f(0) = 0).
 
     scale, norm: the norm of each new outgoing column: "mean": `scale` times the mean norm of the present
-    units' outgoing weights (the paper's experiments: 0.5 for images); "fixed": `scale` itself; "sigma": as
+    units' outgoing weights (the paper's experiments: 0.5 for images), behind a batch norm in training mode sqrt(eps)
+    times that (`Newborns.outgoing_norm`; App. C advises small weights there); "fixed": `scale` itself; "sigma": as
     "mean" in total, divided among the columns in proportion to their singular values.
     bias: count the gradient of the producers' biases as a column of M (the paper leaves it out).
     relu: what is done where ReLU's subgradient 0 at zero would leave the new units dead. "swap": activation
@@ -102,7 +103,7 @@ class GradMax(How):
 
     def _norms(self, newborns: Newborns, values: Tensor, steps: int) -> Tensor:
         """The norm of each new outgoing column: (steps,)."""
-        target = self.scale if self.norm == "fixed" else self.scale * newborns.mean_norm("consumer")
+        target = newborns.outgoing_norm(self.scale, self.norm)
         norms = values.new_full((steps,), target)
         if self.norm == "sigma":
             known = len(values)

@@ -91,8 +91,9 @@ class GradMaxOpt(How):
         return self._solve_incoming(view, target)
 
     def _target(self, newborns: Newborns) -> float:
-        side = "consumer" if self.form == "outgoing" else "producer"
-        return self.scale if self.norm == "fixed" else self.scale * newborns.mean_norm(side)
+        if self.form == "outgoing":
+            return newborns.outgoing_norm(self.scale, self.norm)
+        return self.scale if self.norm == "fixed" else self.scale * newborns.mean_norm("producer")
 
     def _projected(self, columns: Tensor, target: float) -> Tensor:
         if self.project == "columns":

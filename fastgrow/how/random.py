@@ -15,7 +15,7 @@ class Random(How):
     """Incoming weights zero, outgoing weights random, with GradMax's norms: the function stays what it was.
 
     Each unit's outgoing column is drawn from N(0, 1) (or U[-1, 1]) and given the norm `scale` times the
-    mean norm of the present units' outgoing weights, or `scale` itself with norm="fixed".
+    mean norm of the present units' outgoing weights (as in GradMax), or `scale` itself with norm="fixed".
     Costs nothing. (GradMax paper, section 4; the public code draws from U[0, 1], all positive.)
     """
 
@@ -28,7 +28,7 @@ class Random(How):
 
     def start(self, newborns: Newborns) -> Start:
         columns = random_columns(newborns, self.distribution)
-        target = self.scale if self.norm == "fixed" else self.scale * newborns.mean_norm("consumer")
+        target = newborns.outgoing_norm(self.scale, self.norm)
         return Start(outgoing=newborns.split(columns * target, "consumer"))
 
 

@@ -23,7 +23,7 @@ class TINY(How):
     (the paper's theorem: ``S^(-1/2) N = U diag(lambda) V^T``; its matrices are `fastgrow.natural`'s).
 
     amplitude=0 (default): GradMax's natural-gradient variant: incoming weights zero, columns u_i of norm `scale` times
-    the mean norm of the present units' outgoing weights (norm="fixed": `scale`); the function stays.
+    the mean norm of the present units' outgoing weights (as GradMax; norm="fixed": `scale`); the function stays.
     amplitude=a > 0: the paper's own start, incoming ``sqrt(a lambda_i) S^(-1/2) v_i``, outgoing
     ``-sqrt(a lambda_i) u_i``: a step of length a along the gradient in function space; the function changes, the
     loss by -a sum lambda_i^2 to first order. (The paper finds a by line search; here it is given.)
@@ -80,7 +80,7 @@ class TINY(How):
                 outgoing=newborns.split(found.left * -size, "consumer"),
                 captured=found.captured,
             )
-        target = self.scale if self.norm == "fixed" else self.scale * newborns.mean_norm("consumer")
+        target = newborns.outgoing_norm(self.scale, self.norm)
         attained = float(found.slopes.square().sum()) * target**2
         return Start(
             outgoing=newborns.split(found.left * target, "consumer"),
