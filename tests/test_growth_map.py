@@ -17,7 +17,7 @@ from fastgrow.replay import Capture, Replay, ReplayMap
 def capture_of(model: nn.Module, sites: fg.Sites, x: torch.Tensor, y: torch.Tensor) -> Capture:
     watching = fg.observe(model, sites, nagn=False)
     kept: list[Capture] = []
-    watching._solve = lambda batches, scale: kept.extend(b.capture for b in batches)  # type: ignore[method-assign]
+    watching._solve = lambda batches: kept.extend(b.capture for b in batches)  # type: ignore[method-assign]
     with watching:
         F.cross_entropy(model(x), y).backward()
     return kept[0]

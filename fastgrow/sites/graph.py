@@ -249,6 +249,18 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def _drop_unread_attention(module: GraphModule) -> None:
+    """Attention weights that nobody reads tie no heads, though torch's module takes their mean over the heads.
+
+    Any other value that nobody reads is still computed by the model's code: it has to fit.
+    """
+    for node in reversed(module.graph.nodes):
+        stack = (node.meta.get("nn_module_stack") or {}).values()
+        inside = any("MultiheadAttention" in str(kind) for _, kind in stack)
+        if inside and node.op == "call_function" and not node.users:
+            module.graph.erase_node(node)
+
+
 def trace_model(model: nn.Module, example_inputs: Any) -> Trace:
     """Export the model as it is called with these inputs.
 
@@ -310,5 +322,5 @@ def trace_model(model: nn.Module, example_inputs: Any) -> Trace:
     )
     graph = _inline_regions(program.graph_module)
     show_mutations(graph)
-    graph.graph.eliminate_dead_code()  # what nobody reads (attention weights not asked for) ties nothing
+    _drop_unread_attention(graph)
     return Trace(graph, tensors, inputs, paths, constants, shapes, outputs)
