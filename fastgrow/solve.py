@@ -157,7 +157,9 @@ class _Problem:
         """Flops of `_reduce_exactly`."""
         rank, side, length = self.map.rank_bound, self.side, max(self.map.shape)
         eigh, svd = _decomposition_cost(self.map.device)
-        if rank < side:
+        if rank < side and _by_gram_of_factors(rank, self):
+            by_factors = sum(self.map.shape) * rank * (4.0 * rank + 6.0 * self.width) + (eigh + 4.0) * rank**3
+        elif rank < side:
             inner = _HOST_SVD if rank <= _HOST_CORE else svd
             by_factors = 8.0 * sum(self.map.shape) * rank**2 + inner * rank**3
         else:
@@ -249,11 +251,30 @@ def _reduce_exactly(problem: _Problem, method: Method) -> _Reduced:
 def _reduce_by_factors(left: Tensor, right: Tensor, problem: _Problem) -> _Reduced:
     """From ``U = L R^T``; where the rank is below k, further columns complete the bases, with value 0."""
     rank = left.shape[1]
+    if _by_gram_of_factors(rank, problem):
+        return _reduce_by_gram_of_factors(left, right, problem.width)
     spare = max(0, problem.k - rank)
     (q_left, r_left), (q_right, r_right) = (
         torch.linalg.qr(torch.cat([f, _start(f.shape[0], spare, problem.map)], dim=1)) for f in (left, right)
     )
     return _Reduced(q_left, r_left[:, :rank] @ r_right[:, :rank].mT, q_right)
+
+
+def _by_gram_of_factors(rank: int, problem: _Problem) -> bool:
+    """Whether so few of so many directions are wanted that eigenvectors cost less than an SVD of all."""
+    return rank > _HOST_CORE and 2 * problem.width <= rank
+
+
+def _reduce_by_gram_of_factors(left: Tensor, right: Tensor, width: int) -> _Reduced:
+    """The same by ``L = Q R_l``, ``R = P R_r``: eigenvectors W of ``R_l R_r^T``'s Gram matrix; P is never made."""
+    packed, scales = torch.geqrf(left)  # Q, as reflections below the diagonal
+    rank = left.shape[1]
+    r_left = packed[:rank].triu()
+    core = r_left @ torch.geqrf(right)[0][:rank].triu().mT
+    chosen = torch.linalg.eigh(core @ core.mT).eigenvectors[:, -width:]  # W, (p, r)
+    image, core = torch.linalg.qr(right @ (r_left.mT @ chosen))  # U^T Q W
+    tall = torch.cat([chosen, chosen.new_zeros(left.shape[0] - rank, width)])
+    return _Reduced(torch.ormqr(packed, scales, tall), core.mT, image)
 
 
 def _reduce_by_gram(matrix: Tensor, width: int) -> _Reduced:
