@@ -22,31 +22,32 @@ def foreseen_cost(basis: int, width: int) -> float:
     return 11.0 * (basis + _BLOCKS * width) ** 3
 
 
-def foreseen(ritz: Tensor, width: int, k: int, room: int, gram: Tensor | None = None) -> float:
-    """The sum of the k leading values of ``A`` that a longer basis is expected to reach.
+def foreseen(ritz: Tensor, width: int, k: int, room: int, gram: Tensor | None = None) -> Tensor:
+    """The sum of the k leading values of ``A`` that a longer basis is expected to reach; (...), batched alike.
 
-    ritz: T = Q^T A Q, (s, s) float64, of a basis of blocks of ``width`` columns, at least two of them where gram is
-    not given; room: columns that the space has left; gram: N^T N, (width, width), of the residual
+    ritz: T = Q^T A Q, (..., s, s) float64, of a basis of blocks of ``width`` columns, at least two of them where
+    gram is not given; room: columns that the space has left; gram: N^T N, (..., width, width), of the residual
     ``N = (I - Q Q^T) A Q_last`` where it is known already: the next coupling, in place of the last one again.
     """
-    size = ritz.shape[0]
-    last = ritz[-width:, -width:]
+    size = ritz.shape[-1]
+    last = ritz[..., -width:, -width:]
     if gram is None:
         # The last block in the basis in which its coupling is symmetric, as the couplings that follow will be.
-        left, values, right = torch.linalg.svd(ritz[-width:, -2 * width : -width])
+        left, values, right = torch.linalg.svd(ritz[..., -width:, -2 * width : -width])
         turn = left @ right
-        coupling = (right.mT * values) @ right
+        coupling = (right.mT * values[..., None, :]) @ right
         last = turn.mT @ last @ turn
         front = turn @ coupling
     else:
         values, vectors = torch.linalg.eigh(gram)
-        coupling = front = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
-    blocks = max(0, min(_BLOCKS, room // width))
-    longer = torch.zeros(size + blocks * width, size + blocks * width, dtype=ritz.dtype)
-    longer[:size, :size] = ritz
-    for start in range(size, longer.shape[0], width):
+        coupling = front = (vectors * values.clamp(min=0).sqrt()[..., None, :]) @ vectors.mT
+    longer = size + min(_BLOCKS, -(-room // width)) * width
+    continued = ritz.new_zeros(*ritz.shape[:-2], longer, longer)
+    continued[..., :size, :size] = ritz
+    for start in range(size, longer, width):
         link = front if start == size else coupling
-        longer[start : start + width, start : start + width] = last
-        longer[start : start + width, start - width : start] = link.mT
-        longer[start - width : start, start : start + width] = link
-    return float(torch.linalg.eigvalsh(longer)[-k:].clamp(min=0).sum())
+        here, before = slice(start, start + width), slice(start - width, start)
+        continued[..., here, here] = last
+        continued[..., here, before] = link.mT
+        continued[..., before, here] = link
+    return torch.linalg.eigvalsh(continued)[..., -k:].clamp(min=0).sum(-1)

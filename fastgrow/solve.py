@@ -371,7 +371,8 @@ class _Krylov:
         self.ritz = grown
         if self.rounds == 1 and self._rescale():
             return
-        worth = 30.0 * basis**3 + foreseen_cost(basis, self.width) < self.width * self.map.column_flops
+        cost = _HOST_EIGH * basis**3 + foreseen_cost(basis, self.width)
+        worth = 3 * cost < self.width * self.map.column_flops  # the product that may be spared
         if self._bounded() or (self.rounds == self.next_check and worth):
             self._check(None)
 
@@ -435,8 +436,8 @@ class _Krylov:
         if gram is not None:
             last = vectors[-width:]
             estimate = math.sqrt(total / (total + float(((gram @ last) * last).sum(0).clamp(min=0).sqrt().sum())))
-        if gram is None or foreseen_cost(basis, width) < 2 * width * self.map.column_flops:
-            reach = foreseen(self.ritz, width, self.problem.k, self.problem.side - basis, gram)
+        if gram is None or foreseen_cost(basis, width) < width * self.map.column_flops:
+            reach = float(foreseen(self.ritz, width, self.problem.k, self.problem.side - basis, gram))
             estimate = max(estimate, math.sqrt(total / max(total, reach)))
         return estimate
 
