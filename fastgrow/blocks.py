@@ -56,9 +56,10 @@ def gate_rows(model: nn.Module, sites: Sites, site: Site, units: int) -> Tensor:
         weight = weight if slot.dim == 0 else weight.transpose(0, 1)
         rows = restricted_size(slot.layout, site.axis, one)
         piece = torch.zeros(units, rows, math.prod(weight.shape[1:]), dtype=torch.float64)
-        for gate in site.gates:
-            if gate.layer == name:
-                size = float(weight.double().square().mean().sqrt())
+        gates = [gate for gate in site.gates if gate.layer == name]
+        if gates:
+            size = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) / math.sqrt(weight.numel())
+            for gate in gates:
                 part = slice(gate.part * rows // gate.parts, (gate.part + 1) * rows // gate.parts)
                 piece[:, part] = torch.randn(piece[:, part].shape, dtype=torch.float64) * size
         pieces.append(piece.reshape(units, -1))
