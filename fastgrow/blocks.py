@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import GrowthError
+from .foresight import foreseen
 from .layout import restricted_size
 from .replay import Capture, Replay, ReplayMap
 from .sites import Site, Sites, tensors_of
@@ -25,7 +26,7 @@ from .solve import Directions
 __all__ = ["UnitDirections", "block_directions", "gate_rows", "has_blocks"]
 
 _ROUNDS = 24
-_SETTLED = 2e-4  # relative change of the captured square that ends the iteration, seen twice
+_CAPTURED = 0.999  # the captured norm that is waited for, as it is foreseen
 _SPARE = 4
 
 
@@ -55,9 +56,10 @@ def gate_rows(model: nn.Module, sites: Sites, site: Site, units: int) -> Tensor:
         weight = weight if slot.dim == 0 else weight.transpose(0, 1)
         rows = restricted_size(slot.layout, site.axis, one)
         piece = torch.zeros(units, rows, math.prod(weight.shape[1:]), dtype=torch.float64)
-        for gate in site.gates:
-            if gate.layer == name:
-                size = float(weight.double().square().mean().sqrt())
+        gates = [gate for gate in site.gates if gate.layer == name]
+        if gates:
+            size = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) / math.sqrt(weight.numel())
+            for gate in gates:
                 part = slice(gate.part * rows // gate.parts, (gate.part + 1) * rows // gate.parts)
                 piece[:, part] = torch.randn(piece[:, part].shape, dtype=torch.float64) * size
         pieces.append(piece.reshape(units, -1))
@@ -159,43 +161,48 @@ class _Maps:
         generator = torch.Generator().manual_seed(0)
         start = torch.randn(self.problems, rows, self.block, generator=generator, dtype=torch.float64)
         Y = torch.linalg.qr(start.to(self.device, self.dtype)).Q
-        basis, images = Y[..., :0], None
-        last, settled, change = None, 0, 1.0
-        while basis.shape[-1] < rows and settled < 2:
+        basis, images = Y[..., :0], Y.new_empty(self.problems, self.into.shape[1], 0)
+        ritz = torch.zeros(self.problems, 0, 0, dtype=torch.float64)
+        captured = 0.0
+        while True:
             Y = Y - basis @ (basis.mT @ Y)
+            Y = torch.linalg.qr(Y - basis @ (basis.mT @ Y)).Q
             Y = Y - basis @ (basis.mT @ Y)
-            Y = torch.linalg.qr(Y).Q
-            Y = Y - basis @ (basis.mT @ Y)
-            basis = torch.cat([basis, Y], -1)
-            padded = (
-                Y
-                if Y.shape[-1] == self.block
-                else torch.cat([Y, Y.new_zeros(*Y.shape[:-1], self.block - Y.shape[-1])], -1)
-            )
-            X = self.rmatmat(padded)[..., : Y.shape[-1]]
-            images = X if images is None else torch.cat([images, X], -1)
-            values = torch.linalg.svdvals(images)[..., :wanted]
-            captured = values.square().sum(-1)
-            if last is not None:
-                change = float(((captured - last) / captured.clamp_min(torch.finfo(self.dtype).tiny)).max())
-                settled = settled + 1 if change < _SETTLED else 0
-            last = captured
+            X = self.rmatmat(self._padded(Y))[..., : Y.shape[-1]]
+            basis, images = torch.cat([basis, Y], -1), torch.cat([images, X], -1)
+            ritz = self._grown(ritz, (images.double().mT @ X.double()).cpu())
             room = rows - basis.shape[-1]
-            if room <= 0 or len(images.shape) == 0:
+            values, vectors = torch.linalg.eigh(ritz)
+            captured = self._captured(ritz, values[..., -wanted:], room)
+            if room == 0 or captured >= _CAPTURED or basis.shape[-1] >= self.block * _ROUNDS:
                 break
-            padded = (
-                X
-                if X.shape[-1] == self.block
-                else torch.cat([X, X.new_zeros(*X.shape[:-1], self.block - X.shape[-1])], -1)
-            )
-            Y = self.matmat(padded)[..., : min(X.shape[-1], room)]
-            if basis.shape[-1] >= self.block * _ROUNDS:
-                break
-        assert images is not None
-        _, values, vh = torch.linalg.svd(images, full_matrices=False)
-        left = basis @ vh.mT[..., :wanted]
-        estimate = 1.0 if basis.shape[-1] >= rows else math.sqrt(max(0.0, 1.0 - max(change, 0.0)))
-        return left, values[..., :wanted], estimate
+            Y = self.matmat(self._padded(X))[..., : min(X.shape[-1], room)]
+        best = vectors[..., -wanted:].flip(-1).to(self.device, self.dtype)
+        attained = values[..., -wanted:].flip(-1).clamp(min=0).sqrt()
+        return basis @ best, attained.to(self.device, self.dtype), captured
+
+    def _padded(self, blocks: Tensor) -> Tensor:
+        """Columns of zeros up to a full block."""
+        return torch.nn.functional.pad(blocks, (0, self.block - blocks.shape[-1]))
+
+    def _grown(self, ritz: Tensor, fresh: Tensor) -> Tensor:
+        """``T = Q^T M M^T Q`` with the columns of one more block."""
+        old, size = ritz.shape[-1], fresh.shape[-2]
+        grown = ritz.new_empty(self.problems, size, size)
+        grown[..., :old, :old] = ritz
+        grown[..., old:] = fresh
+        grown[..., old:, :] = fresh.mT
+        return grown
+
+    def _captured(self, ritz: Tensor, values: Tensor, room: int) -> float:
+        """The least captured norm of all problems, as it is foreseen; 0 before two rounds."""
+        if room == 0:
+            return 1.0
+        if ritz.shape[-1] < 2 * self.block:
+            return 0.0
+        total = values.clamp(min=0).sum(-1)
+        reach = torch.maximum(foreseen(ritz, self.block, values.shape[-1], room), total)
+        return math.sqrt(float(torch.where(reach > 0, total / reach, 1.0).min()))
 
 
 def block_directions(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import GrowthError
+from .foresight import foreseen, foreseen_cost
 from .operators import DenseMap, LinearMap, full_precision, scale_by_power
 
 __all__ = ["Directions", "Method", "solve", "top_directions"]
@@ -156,7 +157,9 @@ class _Problem:
         """Flops of `_reduce_exactly`."""
         rank, side, length = self.map.rank_bound, self.side, max(self.map.shape)
         eigh, svd = _decomposition_cost(self.map.device)
-        if rank < side:
+        if rank < side and _by_gram_of_factors(rank, self):
+            by_factors = sum(self.map.shape) * rank * (4.0 * rank + 6.0 * self.width) + (eigh + 4.0) * rank**3
+        elif rank < side:
             inner = _HOST_SVD if rank <= _HOST_CORE else svd
             by_factors = 8.0 * sum(self.map.shape) * rank**2 + inner * rank**3
         else:
@@ -248,11 +251,30 @@ def _reduce_exactly(problem: _Problem, method: Method) -> _Reduced:
 def _reduce_by_factors(left: Tensor, right: Tensor, problem: _Problem) -> _Reduced:
     """From ``U = L R^T``; where the rank is below k, further columns complete the bases, with value 0."""
     rank = left.shape[1]
+    if _by_gram_of_factors(rank, problem):
+        return _reduce_by_gram_of_factors(left, right, problem.width)
     spare = max(0, problem.k - rank)
     (q_left, r_left), (q_right, r_right) = (
         torch.linalg.qr(torch.cat([f, _start(f.shape[0], spare, problem.map)], dim=1)) for f in (left, right)
     )
     return _Reduced(q_left, r_left[:, :rank] @ r_right[:, :rank].mT, q_right)
+
+
+def _by_gram_of_factors(rank: int, problem: _Problem) -> bool:
+    """Whether so few of so many directions are wanted that eigenvectors cost less than an SVD of all."""
+    return rank > _HOST_CORE and 2 * problem.width <= rank
+
+
+def _reduce_by_gram_of_factors(left: Tensor, right: Tensor, width: int) -> _Reduced:
+    """The same by ``L = Q R_l``, ``R = P R_r``: eigenvectors W of ``R_l R_r^T``'s Gram matrix; P is never made."""
+    packed, scales = torch.geqrf(left)  # Q, as reflections below the diagonal
+    rank = left.shape[1]
+    r_left = packed[:rank].triu()
+    core = r_left @ torch.geqrf(right)[0][:rank].triu().mT
+    chosen = torch.linalg.eigh(core @ core.mT).eigenvectors[:, -width:]  # W, (p, r)
+    image, core = torch.linalg.qr(right @ (r_left.mT @ chosen))  # U^T Q W
+    tall = torch.cat([chosen, chosen.new_zeros(left.shape[0] - rank, width)])
+    return _Reduced(torch.ormqr(packed, scales, tall), core.mT, image)
 
 
 def _reduce_by_gram(matrix: Tensor, width: int) -> _Reduced:
@@ -297,18 +319,21 @@ class _Krylov:
         wide = self.block.double()
         return wide.mT @ wide
 
-    def multiply(self, gram: Tensor) -> list[Tensor]:
-        """Append the orthonormalised block to the basis; the new part of T, and the Gram matrix of N."""
+    def multiply(self, gram: Tensor) -> Tensor:
+        """Append the orthonormalised block to the basis; the new part of T."""
         fresh = self._orthonormal(gram)
         image = self._scaled(self.map.unit_rmatmat(fresh))
         self.basis = torch.cat([self.basis, fresh], dim=1)
         self.images = torch.cat([self.images, image], dim=1)
-        ritz = self.images.double().mT @ image.double()  # (s, r)
-        image = self._scaled(image)
-        product = self.map.unit_matmat(image)
-        self.block = product - self.basis @ (self.basis.mT @ product)
         self.rounds += 1
-        return [ritz, self.gram()]
+        return self.images.double().mT @ image.double()  # (s, r)
+
+    def residual(self) -> Tensor:
+        """The next block, ``(I - Q Q^T) M M^T Q_last``, and its Gram matrix."""
+        if self.rounds:  # none yet: the block is that of a run that starts again
+            product = self.map.unit_matmat(self._scaled(self.images[:, -self.width :]))
+            self.block = product - self.basis @ (self.basis.mT @ product)
+        return self.gram()
 
     def _scaled(self, columns: Tensor) -> Tensor:
         return columns * 2.0**-self.shift if self.shift else columns
@@ -335,32 +360,49 @@ class _Krylov:
             fresh = torch.linalg.qr(fresh - self.basis @ (self.basis.mT @ fresh)).Q
         return fresh
 
-    def judge(self, ritz: Tensor, gram: Tensor) -> None:
-        """Take in the new part of T; certify, give up, or go on."""
-        if not bool(torch.isfinite(ritz).all() and torch.isfinite(gram).all()):
-            raise GrowthError(f"non-finite values (NaN or inf) in the products of {self.problem.label}")
+    def take(self, ritz: Tensor) -> None:
+        """Take in the new part of T; certify if that suffices."""
+        self._check_finite(ritz)
         basis = ritz.shape[0]
         grown = torch.empty(basis, basis, dtype=torch.float64)
         grown[: self.ritz.shape[0], : self.ritz.shape[0]] = self.ritz
         grown[:, -self.width :] = ritz
         grown[-self.width :, :] = ritz.mT
         self.ritz = grown
-        if self.rounds == 1 and self._rescale(gram):
+        if self.rounds == 1 and self._rescale():
+            return
+        cost = _HOST_EIGH * basis**3 + foreseen_cost(basis, self.width)
+        worth = 3 * cost < self.width * self.map.column_flops  # the product that may be spared
+        if self._bounded() or (self.rounds == self.next_check and worth):
+            self._check(None)
+
+    def judge(self, gram: Tensor) -> None:
+        """Take in the Gram matrix of the residual; certify, give up, or go on."""
+        self._check_finite(gram)
+        if self.rounds == 0:
             return
         # A residual of rounding errors alone: the basis holds the whole range of M.
-        noise = 8 * torch.finfo(self.map.dtype).eps * float(grown.diagonal().sum())
+        noise = 8 * torch.finfo(self.map.dtype).eps * float(self.ritz.diagonal().sum())
         exhausted = float(gram.diagonal().sum()) <= noise**2
-        if exhausted or self.rounds == self.next_check or self._outside() <= (1 - self.tol**2) * self.square:
+        if exhausted or self.rounds == self.next_check:
             self._check(gram, exhausted)
-        if self.active and basis + self.width > self.problem.side:
+        if self.active and self.ritz.shape[0] + self.width > self.problem.side:
             self.given_up = True
+
+    def _check_finite(self, product: Tensor) -> None:
+        if not bool(torch.isfinite(product).all()):
+            raise GrowthError(f"non-finite values (NaN or inf) in the products of {self.problem.label}")
+
+    def _bounded(self) -> bool:
+        """Whether the norm of U alone may prove that too little lies outside the basis."""
+        return self._outside() <= (1 - self.tol**2) * self.square
 
     def _outside(self) -> float:
         """``||U - Q Q^T U||_F^2``, infinite where the norm of U is not known."""
         inside = float(self.ritz.diagonal().sum()) * 4.0**self.shift
         return max(0.0, self.square - inside) + _NORM_ERROR * self.square
 
-    def _rescale(self, gram: Tensor) -> bool:
+    def _rescale(self) -> bool:
         """Where entries cancel, U may be so small that float32 loses its square: start again, larger."""
         size = float(self.ritz.diagonal().max())
         power = math.frexp(math.sqrt(size))[1] if size > 0 else 0
@@ -371,22 +413,33 @@ class _Krylov:
         self.block = self._scaled(self.map.unit_matmat(_start(self.map.shape[1], self.width, self.map)))
         return True
 
-    def _check(self, gram: Tensor, exhausted: bool) -> None:
+    def _check(self, gram: Tensor | None, exhausted: bool = False) -> None:
+        """Estimate what is captured; gram: of the residual, where it is known already."""
         k = self.problem.k
         values, vectors = torch.linalg.eigh(self.ritz)
-        theta = values.flip(0)[:k].clamp(min=0)
+        total = float(values.flip(0)[:k].clamp(min=0).sum())
         vectors = vectors.flip(1)[:, :k]
-        last = vectors[-self.width :]
-        rho = ((gram @ last) * last).sum(0).clamp(min=0).sqrt()
-        total, residual = float(theta.sum()), float(rho.sum())
-        estimate = math.sqrt(total / (total + residual)) if total > 0 else 1.0
         # What lies outside the basis adds no more than its norm to the best k directions (Ky Fan): a bound.
         bound = math.sqrt(total / (total + self._outside() / 4.0**self.shift)) if total > 0 else 0.0
-        if exhausted or bound >= self.tol or (self.rounds >= 2 and estimate >= self.tol):
+        estimate = 1.0 if exhausted or total == 0 else self._estimate(total, vectors, gram)
+        if exhausted or max(estimate, bound) >= self.tol:
             self.certified, self.vectors = True, vectors
-            self.captured = max(estimate if self.rounds >= 2 or exhausted else 0.0, bound)
-        elif self.rounds == self.next_check:
+            self.captured = max(estimate, bound)
+        elif gram is not None and self.rounds == self.next_check:
             self._plan_ahead(1 - estimate**2)
+
+    def _estimate(self, total: float, vectors: Tensor, gram: Tensor | None) -> float:
+        """The larger of two estimates, both low on every spectrum tried; never before two rounds."""
+        if self.rounds < 2:
+            return 0.0
+        estimate, width, basis = 0.0, self.width, self.ritz.shape[0]
+        if gram is not None:
+            last = vectors[-width:]
+            estimate = math.sqrt(total / (total + float(((gram @ last) * last).sum(0).clamp(min=0).sqrt().sum())))
+        if gram is None or foreseen_cost(basis, width) < width * self.map.column_flops:
+            reach = float(foreseen(self.ritz, width, self.problem.k, self.problem.side - basis, gram))
+            estimate = max(estimate, math.sqrt(total / max(total, reach)))
+        return estimate
 
     def _plan_ahead(self, gap: float) -> None:
         """When to check next, from how fast the gap closed; whether that is worth its cost."""
@@ -411,20 +464,22 @@ class _Krylov:
 
 
 def _iterate(runs: list[_Krylov]) -> None:
-    """All sites in step: one read of the device per round, for all of them together."""
+    """All sites in step: one read of the device per product, for all of them together."""
     small = _to_host([part for run in runs for part in (run.gram(), run.device_square.double())])
     grams = small[::2]
     for run, square in zip(runs, small[1::2], strict=True):
         run.square = square.item()
     active = runs
     while active:
-        small = _to_host([part for run, gram in zip(active, grams, strict=True) for part in run.multiply(gram)])
-        grams = []
-        for run, ritz, gram in zip(active, small[::2], small[1::2], strict=True):
-            run.judge(ritz, gram)
-            if run.active:
-                # A run that was rescaled begins anew, from a block whose Gram matrix is not known yet.
-                grams.append(gram if run.rounds else run.gram().cpu())
+        for run, ritz in zip(
+            active, _to_host([r.multiply(g) for r, g in zip(active, grams, strict=True)]), strict=True
+        ):
+            run.take(ritz)
+        active = [run for run in active if run.active]
+        grams = _to_host([run.residual() for run in active])
+        for run, gram in zip(active, grams, strict=True):
+            run.judge(gram)
+        grams = [gram for run, gram in zip(active, grams, strict=True) if run.active]
         active = [run for run in active if run.active]
 
 
