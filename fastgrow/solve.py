@@ -16,6 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .cores import svd_of_cores, to_host
 from .errors import GrowthError
 from .foresight import foreseen, foreseen_cost
 from .operators import DenseMap, LinearMap, full_precision, scale_by_power
@@ -191,7 +192,7 @@ def _ranks(k: int | Sequence[int], count: int) -> list[int]:
 
 
 def _check_finite(problems: list[_Problem]) -> None:
-    exponents = _to_host([p.map.exponent.to(torch.float64) for p in problems])
+    exponents = to_host([p.map.exponent.to(torch.float64) for p in problems])
     bad = [p.label for p, e in zip(problems, exponents, strict=True) if not math.isfinite(e.item())]
     if bad:
         raise GrowthError(
@@ -297,10 +298,11 @@ class _Krylov:
 
     def __init__(self, problem: _Problem, tol: float, unlimited: bool) -> None:
         self.problem, self.map, self.tol, self.unlimited = problem, problem.map, tol, unlimited
-        self.width, self.rounds, self.next_check = problem.width, 0, 2
+        self.width, self.rounds = problem.width, 0
+        self.next_check = 4  # by the number of products made: two a round, after the first of all
         self.certified = self.given_up = False
         self.captured, self.shift = 0.0, 0
-        self.history: list[tuple[int, float]] = []  # (round, 1 - estimate^2)
+        self.history: list[tuple[int, float]] = []  # (products, 1 - estimate^2)
         self.basis = torch.empty(self.map.shape[0], 0, dtype=self.map.dtype, device=self.map.device)
         self.images = torch.empty(self.map.shape[1], 0, dtype=self.map.dtype, device=self.map.device)
         self.ritz = torch.zeros(0, 0, dtype=torch.float64)  # T
@@ -372,9 +374,9 @@ class _Krylov:
         if self.rounds == 1 and self._rescale():
             return
         cost = _HOST_EIGH * basis**3 + foreseen_cost(basis, self.width)
-        worth = 3 * cost < self.width * self.map.column_flops  # the product that may be spared
-        if self._bounded() or (self.rounds == self.next_check and worth):
-            self._check(None)
+        worth = 2 * cost < self.width * self.map.column_flops  # the product that may be spared
+        if self._bounded() or (worth and 2 * self.rounds >= self.next_check):
+            self._check(2 * self.rounds)
 
     def judge(self, gram: Tensor) -> None:
         """Take in the Gram matrix of the residual; certify, give up, or go on."""
@@ -384,8 +386,8 @@ class _Krylov:
         # A residual of rounding errors alone: the basis holds the whole range of M.
         noise = 8 * torch.finfo(self.map.dtype).eps * float(self.ritz.diagonal().sum())
         exhausted = float(gram.diagonal().sum()) <= noise**2
-        if exhausted or self.rounds == self.next_check:
-            self._check(gram, exhausted)
+        if exhausted or 2 * self.rounds + 1 >= self.next_check:
+            self._check(2 * self.rounds + 1, gram, exhausted)
         if self.active and self.ritz.shape[0] + self.width > self.problem.side:
             self.given_up = True
 
@@ -395,7 +397,7 @@ class _Krylov:
 
     def _bounded(self) -> bool:
         """Whether the norm of U alone may prove that too little lies outside the basis."""
-        return self._outside() <= (1 - self.tol**2) * self.square
+        return math.isfinite(self.square) and self._outside() <= (1 - self.tol**2) * self.square
 
     def _outside(self) -> float:
         """``||U - Q Q^T U||_F^2``, infinite where the norm of U is not known."""
@@ -413,7 +415,7 @@ class _Krylov:
         self.block = self._scaled(self.map.unit_matmat(_start(self.map.shape[1], self.width, self.map)))
         return True
 
-    def _check(self, gram: Tensor | None, exhausted: bool = False) -> None:
+    def _check(self, products: int, gram: Tensor | None = None, exhausted: bool = False) -> None:
         """Estimate what is captured; gram: of the residual, where it is known already."""
         k = self.problem.k
         values, vectors = torch.linalg.eigh(self.ritz)
@@ -425,8 +427,8 @@ class _Krylov:
         if exhausted or max(estimate, bound) >= self.tol:
             self.certified, self.vectors = True, vectors
             self.captured = max(estimate, bound)
-        elif gram is not None and self.rounds == self.next_check:
-            self._plan_ahead(1 - estimate**2)
+        elif products >= self.next_check:
+            self._plan_ahead(products, 1 - estimate**2)
 
     def _estimate(self, total: float, vectors: Tensor, gram: Tensor | None) -> float:
         """The larger of two estimates, both low on every spectrum tried; never before two rounds."""
@@ -436,26 +438,29 @@ class _Krylov:
         if gram is not None:
             last = vectors[-width:]
             estimate = math.sqrt(total / (total + float(((gram @ last) * last).sum(0).clamp(min=0).sqrt().sum())))
-        if gram is None or foreseen_cost(basis, width) < width * self.map.column_flops:
+        if gram is None or foreseen_cost(basis, width) < self.problem.round_cost(basis + width):
             reach = float(foreseen(self.ritz, width, self.problem.k, self.problem.side - basis, gram))
             estimate = max(estimate, math.sqrt(total / max(total, reach)))
         return estimate
 
-    def _plan_ahead(self, gap: float) -> None:
+    def _plan_ahead(self, products: int, gap: float) -> None:
         """When to check next, from how fast the gap closed; whether that is worth its cost."""
         basis, target = self.ritz.shape[0], 1 - self.tol**2
         ahead = 1
         if self.history:
-            rounds, before = self.history[-1]
-            rate = math.log(before / gap) / (self.rounds - rounds) if gap < before else 0.0
-            ahead = math.ceil(math.log(gap / target) / rate) if rate > 0 else self.problem.side
-            cost = sum(self.problem.round_cost(basis + (i + 1) * self.width) for i in (0, ahead - 1)) / 2 * ahead
+            # Over all looks: what is foreseen before a product and after it is not quite alike.
+            counted, before = self.history[0]
+            rate = math.log(before / gap) / (products - counted) if gap < before else 0.0
+            ahead = math.ceil(math.log(gap / target) / rate) if rate > 0 else 2 * self.problem.side
+            # Krylov bases converge ever faster: half of the predicted way.
+            ahead = max(1, ahead // 2)
+            rounds = math.ceil(ahead / 2)
+            cost = sum(self.problem.round_cost(basis + (i + 1) * self.width) for i in (0, rounds - 1)) / 2 * rounds
             if not self.unlimited and cost > self.problem.exact_cost():
                 self.given_up = True
-            # Krylov bases converge ever faster: most of the predicted way before the next look.
-            ahead = max(1, min(math.floor(0.8 * ahead), (self.problem.side - basis) // self.width))
-        self.history.append((self.rounds, gap))
-        self.next_check = self.rounds + ahead
+            ahead = max(1, min(ahead, 2 * ((self.problem.side - basis) // self.width)))
+        self.history.append((products, gap))
+        self.next_check = products + ahead
 
     def reduce(self) -> _Reduced:
         vectors = self.vectors.to(self.map.device, self.map.dtype)
@@ -465,18 +470,16 @@ class _Krylov:
 
 def _iterate(runs: list[_Krylov]) -> None:
     """All sites in step: one read of the device per product, for all of them together."""
-    small = _to_host([part for run in runs for part in (run.gram(), run.device_square.double())])
+    small = to_host([part for run in runs for part in (run.gram(), run.device_square.double())])
     grams = small[::2]
     for run, square in zip(runs, small[1::2], strict=True):
         run.square = square.item()
     active = runs
     while active:
-        for run, ritz in zip(
-            active, _to_host([r.multiply(g) for r, g in zip(active, grams, strict=True)]), strict=True
-        ):
+        for run, ritz in zip(active, to_host([r.multiply(g) for r, g in zip(active, grams, strict=True)]), strict=True):
             run.take(ritz)
         active = [run for run in active if run.active]
-        grams = _to_host([run.residual() for run in active])
+        grams = to_host([run.residual() for run in active])
         for run, gram in zip(active, grams, strict=True):
             run.judge(gram)
         grams = [gram for run, gram in zip(active, grams, strict=True) if run.active]
@@ -493,24 +496,12 @@ def _start(rows: int, columns: int, like: LinearMap) -> Tensor:
     return ((mixed ^ (mixed >> 15)) & 0xFFFFFF).to(like.dtype) * 2.0**-23 - 1.0
 
 
-def _to_host(tensors: list[Tensor]) -> list[Tensor]:
-    """Small tensors on the CPU, by one copy per device."""
-    result = list(tensors)
-    for device in {t.device for t in tensors if t.device.type != "cpu"}:
-        chosen = [i for i, t in enumerate(tensors) if t.device == device]
-        flat = torch.cat([tensors[i].reshape(-1) for i in chosen]).cpu()
-        pieces = flat.split([tensors[i].numel() for i in chosen])
-        for i, piece in zip(chosen, pieces, strict=True):
-            result[i] = piece.clone().reshape(tensors[i].shape)
-    return result
-
-
 def _finish(problems: list[_Problem]) -> list[Directions]:
     """SVDs of all cores, rotated back."""
     reduced = [p.reduced for p in problems if p.reduced is not None]
     small = [i for i, r in enumerate(reduced) if max(r.core.shape) <= _HOST_CORE]
     solved: dict[int, tuple[Tensor, Tensor, Tensor]] = dict(
-        zip(small, _svd_of_cores(_to_host([reduced[i].core.double() for i in small])), strict=True)
+        zip(small, svd_of_cores(to_host([reduced[i].core.double() for i in small])), strict=True)
     )
     result = []
     for i, (problem, part) in enumerate(zip(problems, reduced, strict=True)):
@@ -531,29 +522,3 @@ def _rotate(basis: Tensor | None, vectors: Tensor, like: LinearMap) -> Tensor:
     if basis is None:
         return vectors.to(like.device, like.dtype)
     return (basis @ vectors.to(like.device, basis.dtype)).to(like.dtype)
-
-
-def _svd_of_cores(cores: list[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """left, values, right of square float64 cores, by one batched SVD per padded size.
-
-    Sizes are rounded up to a multiple of 8, whatever else is in the call: every matrix of a batch then
-    starts on a cache line, and LAPACK adds in the same order wherever it stands. The padding is a
-    diagonal larger than the core's norm, so that its triplets come first and mix with nothing.
-    """
-    groups: dict[int, list[int]] = {}
-    for i, core in enumerate(cores):
-        groups.setdefault(-(-core.shape[0] // 8) * 8, []).append(i)
-    result: list[tuple[Tensor, Tensor, Tensor]] = [(core, core, core) for core in cores]
-    for size, members in groups.items():
-        batch = torch.zeros(len(members), size, size, dtype=torch.float64)
-        for slot, i in zip(batch, members, strict=True):
-            core = cores[i]
-            true = core.shape[0]
-            slot[:true, :true] = core
-            slot.diagonal()[true:] = 2 * torch.linalg.vector_norm(core) + 1e-300
-        u, s, vh = torch.linalg.svd(batch)
-        for slot_u, slot_s, slot_vh, i in zip(u, s, vh, members, strict=True):
-            true = cores[i].shape[0]
-            extra = size - true
-            result[i] = slot_u[:true, extra:], slot_s[extra:], slot_vh.mT[:true, extra:]
-    return result
