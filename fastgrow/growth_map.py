@@ -10,10 +10,11 @@ from torch.fx import Node
 
 from .errors import GrowthError
 from .layout import Leaf
+from .names import find_module
 from .operators import ConvFlattenLinearPair, ConvPair, LinearMap, LinearPair, SumMap
 from .replay import Capture, Replay, ReplayMap, derivative_from_the_right
 from .sites import LayerCall, Site, Sites
-from .sites.nodes import bind, conv_padding, plain_name, short_name
+from .sites.nodes import bind, conv_padding, module_of, plain_name, short_name
 
 __all__ = ["growth_map"]
 
@@ -162,8 +163,7 @@ def _pair(model: nn.Module, site: Site, chain: Chain, capture: Capture, weight: 
     centred = False
     if chain.norm is not None:
         bound = bind(chain.norm)
-        stack = list((chain.norm.meta.get("nn_module_stack") or {}).values())
-        module = dict(model.named_modules()).get(stack[-1][0]) if stack else None
+        module = find_module(model, module_of(chain.norm))
         if module is None or chain.producer.kind != "conv" or chain.consumer.kind != "conv":
             return None
         centred = module.training or bound["running_mean"] is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,7 +16,7 @@ from .names import find_module
 from .operators import LinearMap
 from .pairs import signed_pairs
 from .replay import Capture, tensors_read
-from .sharded import gathered
+from .sharded import gathered, wrapped_modules
 from .site_view import SiteView, Solver
 from .sites import Site, Sites
 from .solve import Directions, solve
@@ -103,6 +103,8 @@ class SiteSolving:
 
     def _gathered(self, *targets: Site, weights: bool = False) -> AbstractContextManager[None]:
         """What sites of a sharded model are solved from; weights: those of their producers and consumers too."""
+        if not wrapped_modules(self.model):
+            return nullcontext()
         names = {name for site in targets for name in tensors_read(self.sites, site)}
         own = {slot.tensor for site in targets for slot in site.slots} if weights else set()
         return gathered(self.model, names | own)

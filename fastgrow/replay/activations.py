@@ -36,8 +36,18 @@ _ELEMENTWISE = frozenset("relu gelu hardtanh hardswish mish threshold".split())
 """Ops of one element that torch does not tag as pointwise."""
 
 
+_SLOPE = "slope at zero"  # of a node's meta: it is asked for at every growth, and stays what it is
+
+
 def derivative_from_the_right(node: Node) -> float | None:
     """f'(0+) of an elementwise op with one tensor operand and f(0) = 0; None for any other op."""
+    if _SLOPE not in node.meta:
+        node.meta[_SLOPE] = _derivative_from_the_right(node)
+    slope: float | None = node.meta[_SLOPE]
+    return slope
+
+
+def _derivative_from_the_right(node: Node) -> float | None:
     tensors = [arg for arg in node.args if isinstance(arg, Node)]
     target = node.target
     if len(tensors) != 1 or node.kwargs.get("out") or not isinstance(target, torch._ops.OpOverload):
