@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .cores import fixed_signs
 from .errors import GrowthError
 from .foresight import foreseen
 from .layout import restricted_size
@@ -179,7 +180,8 @@ class _Maps:
             Y = self.matmat(self._padded(X))[..., : min(X.shape[-1], room)]
         best = vectors[..., -wanted:].flip(-1).to(self.device, self.dtype)
         attained = values[..., -wanted:].flip(-1).clamp(min=0).sqrt()
-        return basis @ best, attained.to(self.device, self.dtype), captured
+        left = basis @ best
+        return left * fixed_signs(left), attained.to(self.device, self.dtype), captured
 
     def _padded(self, blocks: Tensor) -> Tensor:
         """Columns of zeros up to a full block."""

@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["svd_of_cores", "to_host"]
+__all__ = ["fixed_signs", "svd_of_cores", "to_host"]
+
+
+def fixed_signs(left: Tensor) -> Tensor:
+    """(..., m, k) -> (..., 1, k): what makes each column's largest entry positive, so that ranks and reruns agree."""
+    largest = left.gather(-2, left.abs().argmax(-2, keepdim=True))
+    return torch.where(largest < 0, -1.0, 1.0).to(left.dtype)
 
 
 def to_host(tensors: list[Tensor]) -> list[Tensor]:

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .cores import svd_of_cores, to_host
+from .cores import fixed_signs, svd_of_cores, to_host
 from .errors import GrowthError
 from .foresight import foreseen, foreseen_cost
 from .operators import DenseMap, LinearMap, full_precision, scale_by_power
@@ -510,8 +510,7 @@ def _finish(problems: list[_Problem]) -> list[Directions]:
             solved[i] = u, s, vh.mT
         left, values, right = (t[..., : problem.k] for t in solved[i])
         left, right = (_rotate(b, t, problem.map) for b, t in ((part.left, left), (part.right, right)))
-        largest = left.gather(0, left.abs().argmax(0, keepdim=True))
-        sign = torch.where(largest < 0, -1.0, 1.0).to(left.dtype)
+        sign = fixed_signs(left)
         values = values.to(problem.map.device)
         values = scale_by_power(values, problem.map.exponent + part.shift).to(problem.map.dtype)
         result.append(Directions(left * sign, values, right * sign, part.captured))
