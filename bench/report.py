@@ -132,6 +132,41 @@ TARGETS = [
     _cost("the same", "`torch.optim` fused", 1.2, 1.1, _is(_RATE, group="fused"), "rate-adapted"),
     _cost("peak memory of a growth step", "of a training step", 1.2, 1.1, _is("peak memory", "training")),
 ]
+REASONS = {
+    "growth cost": (
+        "A growth's cost over its training step is (2/3) R r / w for R rounds of r columns at a site of width"
+        " w, if thin products ran at the speed of wide ones; a CPU convolution of 16 channels runs at half "
+        "the rate of one of 64. n/16 of 256 needs R <= 12 to stay below half a step, n/16 of 64 R <= 3. "
+        "Linear layers add the orthogonalisation of the basis, 4 R m r^2, which outweighs the products once R"
+        " r exceeds the rows of the batch. The naive way is close where its matrices are small, for its SVD "
+        "grows with the cube of their side."
+    ),
+    "directions": (
+        "A full SVD of n x n is about 20 n^3 FLOPs, block Krylov 4 R r n^2: the gain is 5 n / (R r), so it "
+        "falls with the number of directions asked (k = 128 of 2048) and with the rounds that a flat spectrum"
+        " takes."
+    ),
+    "directions, matrix-free": (
+        "Products with the two stored tensors instead of the matrix: cheaper where the matrix is never "
+        "formed, dearer than products with a matrix that is there already, as in this row."
+    ),
+    "conv growth matrix": (
+        "Distinct distances between taps save most with stride 1 and k = 3 on both sides (25 of 81 products);"
+        " a stride or a 1 x 1 side leaves little to save, and the frame of a small map is most of it."
+    ),
+    "NAGN": (
+        "A read of every output gradient is 1 to 2 % of a step in bytes; the interval of a noisy machine is wider."
+    ),
+    "rate-adapted step": (
+        "Norms of blocks take a pass over the weights that torch's step does not make, and columns of another"
+        " age are stepped apart; a fused route for CPUs would need a compiled extension."
+    ),
+    "peak memory": (
+        "A site's two tensors and its Krylov basis live until the solve at the end of the pass; where the "
+        "batch is small beside the width (MLP 2048, 512 rows) the basis is the larger part."
+    ),
+}
+"""Why a benchmark's rows miss their targets, where they do."""
 _KINDS = {"cpu": "CPU", "cuda": "GPU"}
 
 
@@ -269,6 +304,9 @@ def render(rows: Sequence[Row], picture: str | None = None) -> str:
             f"- {target.what}, against {target.against}: {_figure(value)}{target.unit} where "
             f"{target.text(row.kind)} is wanted ({_figure(off)}x off); {where}."
         )
+    reasons = {REASONS[row.benchmark]: None for _, _, row, _ in missed if row.benchmark in REASONS}
+    if reasons:
+        lines += ["", "Why, by the arithmetic of `bench/NOTES.md`:", "", *(f"- {reason}" for reason in reasons)]
     for kind, name in _KINDS.items():
         for benchmark in dict.fromkeys(row.benchmark for row in by_kind[kind]):
             lines += [

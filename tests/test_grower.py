@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -180,3 +181,29 @@ def test_what_it_needs_is_said() -> None:
         fg.Grower(model, optimizer, when=fg.when.Every(1))
     with pytest.raises(fg.GrowthError, match="nothing in the model can grow.*output"):
         fg.Grower(model, optimizer, example_inputs=torch.randn(2, 3), when=fg.when.Every(1))
+
+
+def test_sites_are_found_once_however_often_it_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    exports = []
+    export = torch.export.export
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        exports.append(args)
+        return export(*args, **kwargs)
+
+    monkeypatch.setattr(torch.export, "export", counted)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(8, 4)
+    grower = fg.Grower(
+        model, optimizer, example_inputs=x, when=fg.when.Every(1, times=3), where=fg.where.Everywhere(units=1)
+    )
+    for _ in range(4):
+        with grower.observe():
+            model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        grower.step()
+    assert [report.sites[0].new_width for report in grower.history] == [7, 8, 9]
+    assert len(exports) == 1
