@@ -12,6 +12,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -178,7 +179,10 @@ class Cell:
 
     def spread(self, what: str) -> float:
         """Standard deviation over the seeds."""
-        return statistics.stdev([getattr(run, what) for run in self.runs]) if len(self.runs) > 1 else 0.0
+        values = [getattr(run, what) for run in self.runs]
+        if not all(map(math.isfinite, values)):  # a training that diverged
+            return math.nan
+        return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 class Bench:
