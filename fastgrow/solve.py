@@ -292,8 +292,9 @@ class _Krylov:
     """Block Krylov on ``M M^T``: basis Q of every product so far, Rayleigh-Ritz on all of it.
 
     The device multiplies; the small algebra is the host's, in float64: ``T = Q^T M M^T Q`` and the Gram
-    matrix of the residual block ``N = (I - Q Q^T) M M^T Q_last``, which is at once the certificate
-    (``rho_i = ||N u_i,last||``) and, orthonormalised, the next block. No product is made twice.
+    matrix of the residual block ``N = (I - Q Q^T) M M^T Q_last``, which is at once a certificate
+    (``rho_i = ||N u_i,last||``) and, orthonormalised, the next block. No product is made twice. The other
+    certificate is what later rounds are foreseen to reach (`foresight`), with N or before it is made.
     """
 
     def __init__(self, problem: _Problem, tol: float, unlimited: bool) -> None:
