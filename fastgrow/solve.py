@@ -374,10 +374,13 @@ class _Krylov:
         self.ritz = grown
         if self.rounds == 1 and self._rescale():
             return
-        cost = _HOST_EIGH * basis**3 + foreseen_cost(basis, self.width)
-        worth = 2 * cost < self.width * self.map.column_flops  # the product that may be spared
-        if self._bounded() or (worth and 2 * self.rounds >= self.next_check):
+        if self._bounded() or (self._look_is_cheap(basis) and 2 * self.rounds >= self.next_check):
             self._check(2 * self.rounds)
+
+    def _look_is_cheap(self, basis: int) -> bool:
+        """Beside the product that it may spare."""
+        cost = _HOST_EIGH * basis**3 + foreseen_cost(basis, self.width)
+        return 2 * cost < self.width * self.map.column_flops
 
     def judge(self, gram: Tensor) -> None:
         """Take in the Gram matrix of the residual; certify, give up, or go on."""
@@ -447,9 +450,9 @@ class _Krylov:
     def _plan_ahead(self, products: int, gap: float) -> None:
         """When to check next, from how fast the gap closed; whether that is worth its cost."""
         basis, target = self.ritz.shape[0], 1 - self.tol**2
-        ahead = 1
-        if self.history:
-            # Over all looks: what is foreseen before a product and after it is not quite alike.
+        ahead = 1 if self._look_is_cheap(basis) else 2
+        if self.history and products - self.history[0][0] > 1:
+            # Over all looks, a round apart: what is foreseen before a product and after it is not quite alike.
             counted, before = self.history[0]
             rate = math.log(before / gap) / (products - counted) if gap < before else 0.0
             ahead = math.ceil(math.log(gap / target) / rate) if rate > 0 else 2 * self.problem.side
