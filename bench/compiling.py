@@ -50,7 +50,9 @@ def _training(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     counting = _Counting("eager" if settings.quick else "inductor")
     units = {name: max(1, int(share * width)) for name, width in sites.widths(model).items()}
-    with _dynamic_widths() if dynamic else contextlib.nullcontext():
+    # What an earlier variant compiled must not be read back from the disk.
+    uncached = torch.compiler.config.patch(force_disable_caches=True)
+    with uncached, _dynamic_widths() if dynamic else contextlib.nullcontext():
         compiled = torch.compile(model, backend=counting)
 
         def step() -> float:

@@ -442,7 +442,7 @@ class _Krylov:
         if gram is not None:
             last = vectors[-width:]
             estimate = math.sqrt(total / (total + float(((gram @ last) * last).sum(0).clamp(min=0).sqrt().sum())))
-        if gram is None or foreseen_cost(basis, width) < self.problem.round_cost(basis + width):
+        if gram is None or self._look_is_cheap(basis):
             reach = float(foreseen(self.ritz, width, self.problem.k, self.problem.side - basis, gram))
             estimate = max(estimate, math.sqrt(total / max(total, reach)))
         return estimate
