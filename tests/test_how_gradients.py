@@ -207,7 +207,9 @@ def test_functional_relu_is_refused_where_units_would_be_dead() -> None:
             fg.grow(model, {"a": 1}, how, sites=sites, closure=lambda: model(x).square().mean())
 
 
-@pytest.mark.parametrize("how", [fg.how.GradMax(), fg.how.Random(), fg.how.TINY(), fg.how.GradMaxOpt()], ids=lambda how: how.name)
+@pytest.mark.parametrize(
+    "how", [fg.how.GradMax(), fg.how.Random(), fg.how.TINY(), fg.how.GradMaxOpt()], ids=lambda how: how.name
+)
 @pytest.mark.parametrize("training", [True, False])
 def test_outgoing_weights_behind_batch_norm(how: fg.how.How, training: bool) -> None:
     """In training mode sqrt(eps) smaller, for the norm blows units up to variance 1 after their first step."""
