@@ -30,7 +30,7 @@ from torch.nn import functional as F
 import fastgrow as fg
 from fastgrow.data import ImageData, load_digits, load_folder
 from fastgrow.demo.models import conv_net
-from fastgrow.demo.training import flop_counter
+from fastgrow.demo.training import accuracy, flop_counter
 from fastgrow.schedule import flops
 
 from .rows import ROOT, Settings
@@ -263,7 +263,7 @@ class Bench:
                     share = report.seconds / (time.perf_counter() - clocks[1])
                     run.growth_seconds += share * (time.process_time() - clocks[0])
                     step_flops = self._step_flops(model)
-            run.curve.append((run.flops + run.growth_flops, _accuracy(model, data.test_images, data.test_labels)))
+            run.curve.append((run.flops + run.growth_flops, accuracy(model, data.test_images, data.test_labels)))
         run.seconds += run.growth_seconds
         run.flops += run.growth_flops
         run.accuracy = run.curve[-1][1]
@@ -331,15 +331,6 @@ def _gains(report: fg.GrowthReport) -> dict[str, Any]:
         "loss_change": report.loss_change,
         "captured": min(captured, default=None),
     }
-
-
-@torch.no_grad()
-def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    model.eval()
-    hits = sum(
-        int((model(x).argmax(dim=1) == y).sum()) for x, y in zip(images.split(1000), labels.split(1000), strict=True)
-    )
-    return hits / len(labels)
 
 
 _Task = tuple[str, str, str]  # network, how or baseline, where

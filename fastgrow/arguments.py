@@ -9,9 +9,16 @@ from typing import Any, TypeVar
 
 from .errors import GrowthError
 
-__all__ = ["choice", "number", "whole"]
+__all__ = ["as_list", "choice", "number", "whole"]
 
 T = TypeVar("T")
+
+
+def as_list(value: Any) -> list[Any]:
+    """One or a list (or tuple) as a list; nothing for None."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def whole(owner: str, argument: str, value: Any, least: int = 1) -> int:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import stages
+from .arguments import as_list
 from .distributed import replicas_of, together
 from .errors import GrowthError
 from .insertions import Insertion, insertions, reinsert
@@ -418,10 +419,7 @@ def _check_companions(
 
 
 def _companions(optimizer: Any, grower: Grower | None, also: Iterable[nn.Module]) -> tuple[list[Any], list[nn.Module]]:
-    if optimizer is None:
-        optimizers = [] if grower is None else list(grower.optimizers)
-    else:
-        optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+    optimizers = list(grower.optimizers) if optimizer is None and grower is not None else as_list(optimizer)
     copies = list(also)
     return optimizers, copies or ([] if grower is None else list(grower.also))
 

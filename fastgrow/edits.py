@@ -36,13 +36,15 @@ def build_edits(
     units: Mapping[str, int],
     starts: Mapping[str, Start],
     swapping: Iterable[str] = (),
+    *,
+    rewriting: bool = False,
 ) -> Edits:
     """All edits that grow the given sites together; nothing is changed.
 
     starts: by site name; sites without one get `fastgrow.birth`'s values. swapping: names of the sites
-    whose activation modules are replaced by their twins.
+    whose activation modules are replaced by their twins. rewriting: as in `EditBuilder`.
     """
-    builder = EditBuilder(model, sites, units)
+    builder = EditBuilder(model, sites, units, rewriting)
     for name in units:
         builder.add(sites[name], starts.get(name) or Start())
     return builder.edits(swapping)

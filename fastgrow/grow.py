@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import as_list
 from .cuda_graphs import check_not_captured
 from .distributed import Replicas, replicas_of, together
-from .edits import EditBuilder, Edits
+from .edits import EditBuilder, Edits, build_edits
 from .errors import GrowthError
 from .gain import GainMeter
 from .how import GradMax, How, Newborns, Start
@@ -95,12 +96,6 @@ class GrowthReport:
         return f"{self.method}: {grown} ({self.parameters} parameters, {1000 * self.seconds:.1f} ms)"
 
 
-def _as_list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
 def grow(
     model: nn.Module,
     units: Mapping[str, int],
@@ -138,7 +133,7 @@ def grow(
         if closure is None:
             raise GrowthError("grow needs sites= (from find_sites), or a closure= from whose call they can be found")
         sites = find_sites(model, inputs_of(model, closure))
-    optimizers = _as_list(optimizer)
+    optimizers = as_list(optimizer)
     wanted = _checked(model, sites, units, how)
     meter = GainMeter(model, sites, optimizers, closure) if measure_gain else None
     started = time.perf_counter()
@@ -220,14 +215,7 @@ def _grown_together(
         else:
             starts, edits = _started(model, sites, wanted, how, seen)
     _share(replicas, edits)
-    widen(
-        unwrap(model),
-        edits.tensors,
-        attributes=edits.attributes,
-        swaps=edits.swaps,
-        optimizers=optimizers,
-        also=also,
-    )
+    _carried_out(unwrap(model), edits, optimizers, also)
     if replicas is not None:
         replicas.renew()
     return starts, [swap.name for swap in edits.swaps]
@@ -266,20 +254,25 @@ def _grown_by_site(
                 builder.add(site, starts[name])
                 edits = builder.edits([name] if how.swaps(site) else [])
             _share(replicas, edits)
-            undone.callback(
-                widen(
-                    inner,
-                    edits.tensors,
-                    attributes=edits.attributes,
-                    swaps=edits.swaps,
-                    optimizers=optimizers,
-                    also=also,
-                    stage=stage,
-                )
-            )
+            undone.callback(_carried_out(inner, edits, optimizers, also, stage))
             swapped += [swap.name for swap in edits.swaps]
         undone.pop_all()
     return starts, swapped
+
+
+def _carried_out(
+    model: nn.Module, edits: Edits, optimizers: list[Any], also: list[nn.Module], stage: int | None = None
+) -> Callable[[], None]:
+    """`widen`; returns what takes it back."""
+    return widen(
+        model,
+        edits.tensors,
+        attributes=edits.attributes,
+        swaps=edits.swaps,
+        optimizers=optimizers,
+        also=also,
+        stage=stage,
+    )
 
 
 def _gathered(model: nn.Module, site: Site) -> contextlib.AbstractContextManager[None]:
@@ -319,10 +312,8 @@ def _rehearsed(
     model: nn.Module, sites: Sites, units: Mapping[str, int], how: How, closure: Callable[[], Tensor]
 ) -> tuple[dict[str, Start], Edits]:
     def build(units: Mapping[str, int], starts: Mapping[str, Start]) -> Edits:
-        builder = EditBuilder(model, sites, units, how.rewrites)
-        for name in units:
-            builder.add(sites[name], starts[name])
-        return builder.edits([name for name in units if how.swaps(sites[name])])
+        swapping = [name for name in units if how.swaps(sites[name])]
+        return build_edits(model, sites, units, starts, swapping, rewriting=how.rewrites)
 
     def newborns(name: str, count: int) -> Newborns:
         return Newborns(model, sites, sites[name], count)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .arguments import whole
+from .arguments import as_list, whole
 from .between import Spot, activation_of, find_spot, keeps
 from .distributed import replicas_of, together
 from .errors import GrowthError
@@ -24,7 +23,7 @@ from .nn import twin
 from .observe import observe
 from .plan import check_units
 from .rehearsal import preserved, restored
-from .sites import LayerCall, as_call, discover, tensors_of, unwrap
+from .sites import LayerCall, as_call, discover, evaluation, tensors_of, unwrap
 from .stages import newest_stage
 from .trial import find_sites
 
@@ -87,8 +86,7 @@ def insert_layer(
     run or does not compute the same with the layer inside (tried on the inputs, in evaluation mode).
     """
     started = time.perf_counter()
-    optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [] if optimizer is None else [optimizer]
-    copies, inner = list(also), unwrap(model)
+    optimizers, copies, inner = as_list(optimizer), list(also), unwrap(model)
     if units is None and how is not None:
         raise GrowthError(f"insert_layer: how.{how.name} starts units beside a layer: say how many with units=")
     if example_inputs is None:
@@ -385,7 +383,7 @@ def _check_kept(model: nn.Module, insertion: Insertion, modules: Sequence[nn.Mod
     args, kwargs = as_call(example_inputs)
     where = f"insert_layer: with a layer {insertion.way} {insertion.place!r} the model"
     calls: list[None] = []
-    with preserved(model), restored(model), _evaluation(model):
+    with preserved(model), restored(model), evaluation(model):
         with torch.random.fork_rng(devices=[]):
             expected = [leaf for leaf in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
         attach(model, insertion, modules)
@@ -427,14 +425,3 @@ def _same(one: Tensor, other: Tensor) -> bool:
         return one.shape == other.shape
     allowed = _ROUNDING.get(other.dtype, 2e-2) * float(other.nan_to_num(0, 0, 0).abs().max()) if other.numel() else 0.0
     return torch.allclose(one, other, rtol=0.0, atol=allowed, equal_nan=True)
-
-
-@contextlib.contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,3 +21,12 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "interpreter" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton's interpreter is off: a GPU is there")
     return torch.device("cuda" if request.param == "cuda" else "cpu")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny tensors on every core wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

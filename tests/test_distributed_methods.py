@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
-import os
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from gloo import WORLD, found_by, joined
 from tolerances import tolerance
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import fastgrow as fg
 
-WORLD, BATCH = 2, 12
+BATCH = 12
 
 
 def net() -> nn.Module:
@@ -86,29 +82,19 @@ SCENARIOS: dict[str, Callable[[int | None], dict[str, Tensor]]] = {
 
 
 def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(os.path.join(folder, "store"), WORLD)
-    timeout = datetime.timedelta(seconds=120)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timeout)
     results: dict[str, dict[str, Tensor] | str] = {}
-    try:
+    with joined(rank, folder) as path:
         for name, scenario in SCENARIOS.items():
             try:
                 results[name] = scenario(rank)
             except fg.GrowthError as error:
                 results[name] = str(error)
-        torch.save(results, Path(folder) / f"rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+        torch.save(results, path / f"rank{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[list[dict[str, dict[str, Tensor] | str]]]:
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("torch.distributed has no gloo here")
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(worker, (folder,), nprocs=WORLD)
-        yield [torch.load(Path(folder) / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    yield from found_by(worker)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

@@ -11,13 +11,7 @@ from torch import Tensor
 
 from fastgrow.foresight import foreseen
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def spectrum(kind: str, size: int) -> Tensor:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from gloo import WORLD, assert_same_bits, assert_within, found_by, joined
 from tolerances import tolerance
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,7 +26,6 @@ if dist.is_available() and dist.is_gloo_available():
 else:
     pytest.skip("torch.distributed has no gloo here", allow_module_level=True)
 
-WORLD = 2
 STEPS = 2
 BATCH = 12
 
@@ -442,38 +439,21 @@ def replaced_activation(rank: int) -> dict[str, Tensor]:
 
 
 def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    path = Path(folder)
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(os.path.join(folder, "store"), WORLD),
-        rank=rank,
-        world_size=WORLD,
-        timeout=datetime.timedelta(seconds=120),
-    )
-    try:
+    with joined(rank, folder) as path:
         results = {name: scenario(rank) for name, scenario in COMPARED.items()}
         for scenario in (gathers, in_bfloat16, refusals, replaced_activation):
             results[scenario.__name__] = scenario(rank)
         results["saved"] = saved(rank, path)
         torch.save(results, path / f"rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[list[dict[str, dict[str, Tensor]]]]:
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(worker, (folder,), nprocs=WORLD)
-        yield [torch.load(Path(folder) / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    yield from found_by(worker)
 
 
 def test_both_ranks_hold_the_same_bits(ranks: list[dict[str, dict[str, Tensor]]]) -> None:
-    one, two = ranks
-    assert one.keys() == two.keys()
-    for scenario, tensors in one.items():
-        for name, value in tensors.items():
-            assert torch.equal(value, two[scenario][name]), (scenario, name)
+    assert_same_bits(ranks)
 
 
 @pytest.mark.parametrize("scenario", COMPARED)
@@ -482,7 +462,4 @@ def test_shards_grow_what_one_process_grows(ranks: list[dict[str, dict[str, Tens
     relative = tolerance(torch.float64, 64 * BATCH) / 1e-3
     expected = COMPARED[scenario](None)
     assert ranks[0][scenario].keys() == expected.keys()
-    for name, value in ranks[0][scenario].items():
-        assert value.shape == expected[name].shape, name
-        error = float((value - expected[name]).abs().max())
-        assert error <= relative * max(1.0, float(expected[name].abs().max())), name
+    assert_within(relative, ranks[0][scenario], expected)

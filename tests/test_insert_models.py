@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
-import tempfile
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from gloo import found_by, joined
 from tolerances import assert_close
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -104,9 +101,6 @@ class Net(nn.Module):
         return self.out(torch.tanh(self.c2(self.relu(self.c1(x)))).flatten(1))
 
 
-WORLD = 2
-
-
 def deepened(rank: int | None) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(12, 2, 8, 8, dtype=torch.float64, generator=generator)
@@ -147,26 +141,12 @@ def deepened(rank: int | None) -> dict[str, Tensor]:
 
 
 def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=WORLD,
-        timeout=datetime.timedelta(seconds=120),
-    )
-    try:
-        torch.save(deepened(rank), Path(folder) / f"rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    with joined(rank, folder) as path:
+        torch.save(deepened(rank), path / f"rank{rank}.pt")
 
 
 def test_two_processes_insert_what_one_inserts() -> None:
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("torch.distributed has no gloo here")
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(worker, (folder,), nprocs=WORLD)
-        one, two = (torch.load(Path(folder) / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD))
+    ((one, two),) = found_by(worker)
     alone = deepened(None)
     assert one.keys() == two.keys() == alone.keys()
     for name, value in one.items():

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import datetime
 import itertools
-import os
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from gloo import WORLD, assert_same_bits, found_by, joined
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import fastgrow as fg
 
-WORLD, BATCHES, SAMPLES = 2, 5, 12
+BATCHES, SAMPLES = 5, 12
 
 
 def made() -> nn.Module:
@@ -89,15 +85,7 @@ def grown(rank: int) -> dict[str, Tensor]:
 
 
 def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(os.path.join(folder, "store"), WORLD),
-        rank=rank,
-        world_size=WORLD,
-        timeout=datetime.timedelta(seconds=120),
-    )
-    try:
+    with joined(rank, folder) as path:
         results = {
             "mean": sketched(rank),
             "sum": sketched(rank, "sum"),
@@ -105,18 +93,12 @@ def worker(rank: int, folder: str) -> None:
             "overflow": sketched(rank, overflow=True),
             "grown": grown(rank),
         }
-        torch.save(results, Path(folder) / f"rank{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+        torch.save(results, path / f"rank{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[list[dict[str, dict[str, Tensor]]]]:
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("torch.distributed has no gloo here")
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(worker, (folder,), nprocs=WORLD)
-        yield [torch.load(Path(folder) / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    yield from found_by(worker)
 
 
 def truth(reduction: str, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -129,11 +111,8 @@ def truth(reduction: str, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Ten
 
 
 def test_both_ranks_hold_the_same_bits(ranks: list[dict[str, dict[str, Tensor]]]) -> None:
-    one, two = ranks
-    for scenario, tensors in one.items():
-        for name, value in tensors.items():
-            assert torch.equal(value, two[scenario][name]), (scenario, name)
-    assert one["grown"]["0.weight"].shape[0] == 130
+    assert_same_bits(ranks)
+    assert ranks[0]["grown"]["0.weight"].shape[0] == 130
 
 
 @pytest.mark.parametrize("scenario", ["mean", "sum", "one", "overflow"])

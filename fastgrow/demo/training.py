@@ -20,7 +20,7 @@ import fastgrow as fg
 from ..data import ImageData
 from .models import widths_of
 
-__all__ = ["Growth", "Run", "Settings", "flop_counter", "step_flops", "train"]
+__all__ = ["Growth", "Run", "Settings", "accuracy", "flop_counter", "step_flops", "train"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ def train(
                 on_growth(growth)
             else:
                 usual.append(seconds)
-        run.accuracy.append(_accuracy(model, data.test_images, data.test_labels))
+        run.accuracy.append(accuracy(model, data.test_images, data.test_labels))
         run.flops_after_epoch.append(run.flops)
         on_epoch(run)
     run.widths = widths_of(model)
@@ -229,7 +229,8 @@ def _batches(count: int, batch: int, order: torch.Generator) -> Iterator[Tensor]
 
 
 @torch.no_grad()
-def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """The share of images that are classified right, in evaluation mode."""
     model.eval()
     hits = sum(
         int((model(x).argmax(dim=1) == y).sum()) for x, y in zip(images.split(1000), labels.split(1000), strict=True)

@@ -1,7 +1,7 @@
 """What can grow: the exported graph, dimension tracking, `Site`, `Sites`."""
 
 from .discover import discover
-from .graph import Followed, LayerCall, argument_paths, as_call, open_outputs, unwrap, without_hooks
+from .graph import Followed, LayerCall, argument_paths, as_call, evaluation, open_outputs, unwrap, without_hooks
 from .site import Activation, AttributeRule, Gate, LayerInfo, Norm, Site, Sites, Slot, tensors_of
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "argument_paths",
     "as_call",
     "discover",
+    "evaluation",
     "open_outputs",
     "tensors_of",
     "unwrap",

@@ -29,6 +29,7 @@ __all__ = [
     "Trace",
     "argument_paths",
     "as_call",
+    "evaluation",
     "open_outputs",
     "tensor_names",
     "trace_model",
@@ -239,7 +240,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; every module's own mode is put back."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -270,7 +272,7 @@ def trace_model(model: nn.Module, example_inputs: Any) -> Trace:
     args, kwargs = as_call(example_inputs)
     attempts: tuple[contextlib.AbstractContextManager[None], ...] = (
         contextlib.nullcontext(),
-        _evaluation(model),
+        evaluation(model),
     )
     reason: Exception | None = None
     program = None
