@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .birth import ZERO_ROLES, birth_values
+from .enlarge import Block
 from .errors import GrowthError
 from .how import Newborns, Start
-from .layout import index_map, new_positions, size, unit_positions, whole_unit_positions
+from .layout import Layout, index_map, new_positions, run_start, size, unit_positions, whole_unit_positions
 from .names import find_module
 from .nn import twin
 from .sites import Site, Sites, Slot, tensors_of, unwrap
@@ -78,7 +79,9 @@ class EditBuilder:
             self.new[sites[name].axis] += count // sites[name].step
         self.tensors = tensors_of(model)
         self.fresh: dict[str, Tensor] = {}
+        self.blocks: dict[str, list[Block]] = {}
         self.axes: dict[str, dict[int, Tensor]] = {}
+        self.moved: dict[Layout, Tensor] = {}  # one index map for all tensors of a layout
         self.shapes: dict[str, list[int]] = {}
         self.scales: dict[str, float | Tensor] = {}
         self.shifts: dict[str, Tensor] = {}
@@ -121,17 +124,21 @@ class EditBuilder:
         axes: dict[int, Tensor] = {}
         for dim, layout in layouts.items():
             if size(layout, self.new) != shape[dim]:
-                axes[dim] = index_map(layout, self.old, self.new)
+                if layout not in self.moved:
+                    self.moved[layout] = index_map(layout, self.old, self.new)
+                axes[dim] = self.moved[layout]
                 shape[dim] = size(layout, self.new)
         self.axes[name], self.shapes[name] = axes, shape
         if self.rewriting:
             self._values(name)[self._grid(name, self.old)] = tensor.detach()
 
     def _values(self, name: str) -> Tensor:
-        """The new values of a tensor, made when the first that is not zero is written."""
+        """The new values of a tensor whole, for those that come in no blocks."""
         if name not in self.fresh:
             tensor = self.tensors[name]
             self.fresh[name] = torch.zeros(self.shapes[name], dtype=tensor.dtype, device=tensor.device)
+            for block in self.blocks.pop(name, ()):
+                self.fresh[name][block.place] = block.values
         return self.fresh[name]
 
     def _grid(self, name: str, sizes: Mapping[int, int], *, of: Mapping[int, int] | None = None) -> Any:
@@ -243,25 +250,30 @@ class EditBuilder:
     def _fill(self, site: Site, slot: Slot, value: Tensor | None, start: Start) -> None:
         if value is None:
             return
-        target = self._values(slot.tensor)
-        layouts = self._layouts(slot.tensor)
-        index: list[Tensor] = []
-        for dim in range(target.dim()):
+        name, layouts, shape = slot.tensor, self._layouts(slot.tensor), self.shapes[slot.tensor]
+        index: list[Tensor | None] = []  # None: all positions
+        for dim, length in enumerate(shape):
             if dim == slot.dim:
                 index.append(self._positions(site, slot))
-            elif dim in layouts and value.shape[dim] != target.shape[dim]:
+            elif dim in layouts and value.shape[dim] != length:
                 lengths = [(size(layouts[dim], sizes), sizes) for sizes in (self.now, self.old)]
                 known = next((sizes for length, sizes in lengths if length == value.shape[dim]), self.seed)
                 index.append(index_map(layouts[dim], known, self.new))
             else:
-                index.append(torch.arange(target.shape[dim]))
-        wanted = tuple(len(positions) for positions in index)
+                index.append(None)
+        wanted = tuple(n if positions is None else len(positions) for n, positions in zip(shape, index, strict=True))
         if tuple(value.shape) != wanted:
             raise GrowthError(
-                f"site {site.name!r}: new values of shape {tuple(value.shape)} were given for {slot.tensor!r}, "
-                f"wanted {wanted}"
+                f"site {site.name!r}: new values of shape {tuple(value.shape)} were given for {name!r}, wanted {wanted}"
             )
-        grid = _open_grid(index, target.device)
+        offsets = [0 if positions is None else run_start(positions) for positions in index]
+        if name not in self.fresh and not self.rewriting and None not in offsets:
+            block = Block(tuple(at or 0 for at in offsets), value.to(self.tensors[name]).contiguous())
+            self.blocks.setdefault(name, []).append(block)
+            return
+        target = self._values(name)
+        whole = [torch.arange(n) if positions is None else positions for n, positions in zip(shape, index, strict=True)]
+        grid = _open_grid(whole, target.device)
         if start.sources is None:
             target[grid] = value.to(target)
         else:
@@ -326,7 +338,7 @@ class EditBuilder:
                 name,
                 self.axes[name],
                 tuple(self.shapes[name]),
-                self.fresh.get(name),
+                self.fresh.get(name, tuple(self.blocks.get(name, ())) or None),
                 self.scales.get(name, 1.0),
                 self.shifts.get(name),
             )

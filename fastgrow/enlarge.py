@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,11 +12,35 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .errors import GrowthError
+from .layout import run_start
 
-__all__ = ["Enlargement"]
+__all__ = ["Block", "Enlargement", "Fill"]
 
-Fill = Tensor | complex
-"""Values for the positions where no old value lands: a tensor of the new shape, or one number."""
+# Entries up to which one call that writes the old positions twice costs less than several calls that do not.
+_PADDED = 1 << 16
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """New values for a part of a tensor, from these positions on, one for each dimension."""
+
+    offset: tuple[int, ...]
+    values: Tensor
+
+    @property
+    def place(self) -> tuple[slice, ...]:
+        return tuple(slice(at, at + n) for at, n in zip(self.offset, self.values.shape, strict=True))
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether it lies in a tensor of this shape."""
+        if not len(self.offset) == self.values.dim() == len(shape):
+            return False
+        return all(own.start >= 0 and own.stop <= n for own, n in zip(self.place, shape, strict=True))
+
+
+Fill = Tensor | complex | tuple[Block, ...]
+"""Values for the positions where no old value lands: a tensor of the new shape, one number, or blocks that hold no old
+position, with zero elsewhere."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +50,7 @@ class Enlargement:
     old: tuple[int, ...]
     new: tuple[int, ...]
     axes: Mapping[int, Tensor]  # dimension -> (old length,) int64, on the CPU
+    starts: Mapping[int, int | None]  # where each map begins that moves all indices by the same amount, else None
 
     @classmethod
     def checked(cls, what: str, old: Iterable[int], new: Iterable[int], axes: Mapping[int, Tensor]) -> Enlargement:
@@ -33,6 +59,7 @@ class Enlargement:
         if len(old) != len(new):
             raise GrowthError(f"{what} has shape {old}; the new shape {new} must have as many dimensions")
         maps: dict[int, Tensor] = {}
+        starts: dict[int, int | None] = {}
         for dim, index in axes.items():
             if not 0 <= dim < len(old):
                 raise GrowthError(f"{what} of shape {old} has no dimension {dim}; count from 0")
@@ -41,8 +68,9 @@ class Enlargement:
                     f"{what}: the index map of dimension {dim} is {index.dtype} of shape "
                     f"{tuple(index.shape)}, wanted int64 of shape ({old[dim]},): where each old index goes"
                 )
-            maps[dim] = index.detach().cpu()
-            if not _is_injection(maps[dim], new[dim]):
+            maps[dim] = index.cpu()
+            starts[dim] = run_start(maps[dim])
+            if not _is_injection(maps[dim], starts[dim], new[dim]):
                 raise GrowthError(
                     f"{what}: the index map of dimension {dim} must send its {old[dim]} old indices to "
                     f"different positions below {new[dim]}"
@@ -52,12 +80,7 @@ class Enlargement:
                 raise GrowthError(
                     f"{what}: dimension {dim} goes from {before} to {after} without an index map; give axes[{dim}]"
                 )
-        return cls(old, new, maps)
-
-    @cached_property
-    def starts(self) -> dict[int, int | None]:
-        """Where each map begins that moves all indices by the same amount; None for any other map."""
-        return {dim: _run_start(index) for dim, index in self.axes.items()}
+        return cls(old, new, maps, starts)
 
     def reduced(self, dims: Iterable[int]) -> Enlargement:
         """For a tensor that has length 1 in these dimensions (a mean with ``keepdim=True``)."""
@@ -66,6 +89,7 @@ class Enlargement:
             tuple(1 if dim in gone else size for dim, size in enumerate(self.old)),
             tuple(1 if dim in gone else size for dim, size in enumerate(self.new)),
             {dim: index for dim, index in self.axes.items() if dim not in gone},
+            {dim: start for dim, start in self.starts.items() if dim not in gone},
         )
 
     def without(self, dim: int) -> Enlargement:
@@ -75,6 +99,7 @@ class Enlargement:
             self.old[:dim] + self.old[dim + 1 :],
             self.new[:dim] + self.new[dim + 1 :],
             {at - (at > dim): index for at, index in self.axes.items() if at != dim},
+            {at - (at > dim): start for at, start in self.starts.items() if at != dim},
         )
 
     def place(
@@ -91,22 +116,43 @@ class Enlargement:
         """
         if tensor.layout == torch.sparse_coo:
             return self._place_sparse(tensor)
-        result = tensor.new_empty_strided(self.new, _strides_like(tensor, self.new))
         if isinstance(tensor, FakeTensor):
-            return result
-        for margin in self._margins():
-            if isinstance(fresh, Tensor):
-                result[margin].copy_(fresh[margin])
-            else:
-                result[margin].fill_(0 if fresh is None else fresh)
+            return tensor.new_empty_strided(self.new, _strides_like(tensor, self.new))
+        source = tensor
         if isinstance(scale, Tensor):
-            tensor = tensor * scale.to(tensor.device)
+            source = source * scale.to(tensor.device)
         elif scale != 1.0:
-            tensor = tensor * scale
+            source = source * scale
         if shift is not None:
-            tensor = tensor + shift.to(tensor.device)
-        self._copy(result, tensor.to(result.dtype))
+            source = source + shift.to(tensor.device)
+        source = source.to(tensor.dtype)
+        value = 0 if fresh is None or isinstance(fresh, (Tensor, tuple)) else fresh
+        strides = _strides_like(tensor, self.new)
+        plain = strides == _strides(self.new, range(len(self.new)))
+        if plain and self._pads and not isinstance(fresh, Tensor):
+            result = torch.constant_pad_nd(source, self._pads, value)
+        else:
+            result = tensor.new_empty_strided(self.new, strides)
+            for margin in self._margins():
+                if isinstance(fresh, Tensor):
+                    result[margin].copy_(fresh[margin])
+                else:
+                    result[margin].fill_(value)
+            self._copy(result, source)
+        for block in fresh if isinstance(fresh, tuple) else ():
+            result[block.place].copy_(block.values)
         return result
+
+    @cached_property
+    def _pads(self) -> list[int]:
+        """Entries before and after the old ones, last dimension first; none where that is not how the tensor grows."""
+        if not self.axes or None in self.starts.values() or math.prod(self.new) > _PADDED:
+            return []
+        pads = []
+        for dim in reversed(range(len(self.old))):
+            start = self.starts.get(dim) or 0
+            pads += [start, self.new[dim] - self.old[dim] - start]
+        return pads
 
     def _margins(self) -> list[tuple[slice, ...]]:
         """Slices that together cover every new position; where old ones are scattered, the whole tensor."""
@@ -150,35 +196,30 @@ class Enlargement:
             tuple(values.shape),
             (len(values), *self.new[sparse:]),
             {dim - sparse + 1: index for dim, index in self.axes.items() if dim >= sparse},
+            {dim - sparse + 1: start for dim, start in self.starts.items() if dim >= sparse},
         )
         return torch.sparse_coo_tensor(torch.stack(rows), dense.place(values), self.new, check_invariants=True)
 
 
-def _is_injection(index: Tensor, length: int) -> bool:
-    """Whether the indices are sent to different positions below `length`."""
-    start = _run_start(index)
+def _is_injection(index: Tensor, start: int | None, length: int) -> bool:
+    """Whether the indices are sent to different positions below `length`; start: that of a run of them."""
     if start is not None:
         return 0 <= start <= length - len(index)
     unique = torch.unique(index)
     return len(unique) == len(index) and 0 <= int(unique[0]) <= int(unique[-1]) < length
 
 
-def _run_start(index: Tensor) -> int | None:
-    start = int(index[0]) if len(index) else 0
-    return start if torch.equal(index, torch.arange(start, start + len(index), device="cpu")) else None
-
-
 def _strides_like(tensor: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Dense strides of `shape` in the tensor's memory format: channels last stays channels last."""
     dims = range(tensor.dim())
     last = [*dims[:1], *dims[2:], *dims[1:2]]
-    for order in (list(dims), last):
+    for order in (dims, last):
         if _strides(tuple(tensor.shape), order) == tensor.stride():
             return _strides(shape, order)
     return _strides(shape, sorted(dims, key=tensor.stride, reverse=True))
 
 
-def _strides(shape: tuple[int, ...], order: list[int]) -> tuple[int, ...]:
+def _strides(shape: tuple[int, ...], order: Sequence[int]) -> tuple[int, ...]:
     strides, step = [0] * len(shape), 1
     for dim in reversed(order):
         strides[dim] = step

@@ -128,7 +128,6 @@ def grow(
     of the closure pass unchanged.
     """
     how = how if how is not None else GradMax()
-    check_not_captured(model)
     if sites is None:
         if closure is None:
             raise GrowthError("grow needs sites= (from find_sites), or a closure= from whose call they can be found")
@@ -282,8 +281,7 @@ def _gathered(model: nn.Module, site: Site) -> contextlib.AbstractContextManager
 def _share(replicas: Replicas | None, edits: Edits) -> None:
     """What is drawn at random is drawn on one rank."""
     if replicas is not None:
-        parts = [part for edit in edits.tensors for part in (edit.fresh, edit.scale, edit.shift)]
-        replicas.share_([part for part in parts if isinstance(part, Tensor)])
+        replicas.share_([values for edit in edits.tensors for values in edit.values])
 
 
 def _start(newborns: Newborns, how: How, seen: Observation | None) -> Start:

@@ -34,6 +34,17 @@ class Chain:
     norm: Node | None
 
 
+def _chain_of(sites: Sites, site: Site) -> Chain | None:
+    """`plain_chain`, read from the graph once."""
+    if sites.graph is None:
+        return None
+    known = sites.graph.chains
+    if site.name not in known:
+        known[site.name] = plain_chain(sites, site)
+    found: Chain | None = known[site.name]
+    return found
+
+
 def plain_chain(sites: Sites, site: Site) -> Chain | None:
     """The chain that a site's middle is; None where it branches or holds any other op."""
     graph = sites.graph
@@ -147,7 +158,7 @@ def growth_map(
             f"site {site.name!r}: {tied[0]!r} is tied, producer and consumer at once, so its new entries cannot be "
             "zero on one side only; exclude the site, or untie the weights"
         )
-    chain = plain_chain(sites, site)
+    chain = _chain_of(sites, site)
     maps: list[LinearMap] = []
     for capture, weight in zip(captures, weights, strict=True):
         pair = None if chain is None else _pair(model, site, chain, capture, weight, bias)

@@ -24,6 +24,7 @@ __all__ = [
     "index_map",
     "new_positions",
     "restricted_size",
+    "run_start",
     "size",
     "unit_positions",
     "whole_unit_positions",
@@ -109,6 +110,14 @@ def new_positions(layout: Layout, old: Sizes, new: Sizes) -> Tensor:
     fresh = torch.ones(size(layout, new), dtype=torch.bool)
     fresh[index_map(layout, old, new)] = False
     return fresh.nonzero().squeeze(1)
+
+
+def run_start(positions: Tensor) -> int | None:
+    """The first of positions that follow one another, on the CPU; None for any others, 0 for none."""
+    values = positions.numpy()
+    if not len(values):
+        return 0
+    return int(values[0]) if bool((values[1:] - values[:-1] == 1).all()) else None
 
 
 def restricted_size(layout: Layout, axis: int, sizes: Sizes) -> int:

@@ -40,6 +40,9 @@ def find_module(root: nn.Module, name: str) -> nn.Module | None:
     """The module of this name ("" is the root itself), or None."""
     module = root
     for part in name.split(".") if name else ():
+        if _has_child(module, part):
+            module = module._modules[part]  # type: ignore[assignment]
+            continue
         holder = innermost(module, partial(_has_child, name=part))
         if holder is not None:
             module = holder._modules[part]  # type: ignore[assignment]
@@ -52,6 +55,8 @@ def find_tensor(root: nn.Module, name: str) -> tuple[nn.Module, str] | None:
     """(the module that owns it, the name there) of a parameter or buffer, or None."""
     path, _, leaf = name.rpartition(".")
     module = find_module(root, path)
+    if module is not None and _has_tensor(module, leaf):
+        return module, leaf
     # Not by truth value: an empty ModuleList is false, a compiled module has none.
     owner = None if module is None else innermost(module, partial(_has_tensor, name=leaf))
     return None if owner is None else (owner, leaf)
@@ -62,4 +67,6 @@ def _has_child(module: nn.Module, name: str) -> bool:
 
 
 def _has_tensor(module: nn.Module, name: str) -> bool:
-    return any(name in registry and registry[name] is not None for registry in (module._parameters, module._buffers))
+    # Not by dict.get: a ScriptModule's registries have none.
+    own, buffers = module._parameters, module._buffers
+    return (name in own and own[name] is not None) or (name in buffers and buffers[name] is not None)

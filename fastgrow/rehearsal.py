@@ -29,7 +29,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """Buffers and RNG state are put back, no rank waits for gradients; ``.grad`` is the caller's to leave alone."""
     inner = unwrap(model)
     buffers = [(buffer, buffer.detach().clone()) for buffer in inner.buffers()]
-    devices = sorted({p.device.index for p in inner.parameters() if p.device.type == "cuda"})
+    devices = sorted({p.device.index for p in inner.parameters() if p.is_cuda}) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices), without_gradient_traffic(model):
         try:
             yield

@@ -135,7 +135,9 @@ def _entry(optimizer: Any, name: str, value: Any, parameter: Tensor) -> Any:
 
 
 def wrapped_modules(model: nn.Module) -> list[Any]:
-    """The modules that ``fully_shard`` was applied to; none where it was never imported."""
+    """The modules that ``fully_shard`` was applied to; none where no processes were ever joined."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return []
     kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     return [] if kind is None else [module for module in model.modules() if isinstance(module, kind)]
 

@@ -192,7 +192,7 @@ def _ranks(k: int | Sequence[int], count: int) -> list[int]:
 
 
 def _check_finite(problems: list[_Problem]) -> None:
-    exponents = to_host([p.map.exponent.to(torch.float64) for p in problems])
+    exponents = to_host([e if e.device.type == "cpu" else e.double() for e in (p.map.exponent for p in problems)])
     bad = [p.label for p, e in zip(problems, exponents, strict=True) if not math.isfinite(e.item())]
     if bad:
         raise GrowthError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -51,6 +52,11 @@ class Axis:
         """An axis that has not grown yet."""
         return Axis(torch.zeros(length, dtype=torch.int64, device="cpu"), torch.arange(length, device="cpu"))
 
+    @cached_property
+    def newest(self) -> int:
+        """The stage of the youngest index."""
+        return int(self.stage.max()) if self.stage.numel() else 0
+
     def grown(self, index: Tensor, length: int, stage: int) -> Axis:
         """After a growth to `length` that moved index i to ``index[i]``; the others are born at `stage`."""
         stages = torch.full((length,), stage, dtype=torch.int64, device="cpu")
@@ -86,15 +92,21 @@ def with_growth(
     new: tuple[int, ...],
     maps: Mapping[int, Tensor],
     stage: int,
+    made: dict[tuple[int, ...], Axis],
 ) -> dict[int, Axis]:
     """The axes of one tensor after a growth from `old` to `new` shape; `maps` as in `TensorEdit.axes`.
 
+    made: the axes that this growth has made so far, shared by tensors whose axes were one and move alike.
     A dimension that only moved its indices is followed if it has grown before, and not begun otherwise.
     """
     axes = dict(known)
     for dim, index in maps.items():
         if dim in axes or new[dim] > old[dim]:
-            axes[dim] = axes.get(dim, Axis.seed(old[dim])).grown(index, new[dim], stage)
+            before = axes.get(dim)
+            key = (id(index), new[dim], -1 if before is None else id(before))
+            if key not in made:
+                made[key] = (before or Axis.seed(old[dim])).grown(index, new[dim], stage)
+            axes[dim] = made[key]
     return axes
 
 
@@ -114,11 +126,10 @@ def newest_stage(model: nn.Module) -> int:
     """The stage of the youngest unit in the model; 0 where nothing has grown."""
     return max(
         (
-            int(axis.stage.max())
+            axis.newest
             for module in model.modules()
             for dims in vars(module).get(ATTRIBUTE, {}).values()
             for axis in dims.values()
-            if axis.stage.numel()
         ),
         default=0,
     )

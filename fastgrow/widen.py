@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from . import stages
-from .enlarge import Enlargement
+from .enlarge import Block, Enlargement
 from .errors import GrowthError
 from .names import find_module, find_tensor, innermost, is_wrapper
 from .optimizer_state import GrownParameter, carry, holds, unwrapped
@@ -36,9 +36,15 @@ class TensorEdit:
     tensor: str  # name in model.state_dict(), or of a buffer that isn't saved
     axes: Mapping[int, Tensor]  # dimension -> (old length,) int64: where each old index goes
     shape: tuple[int, ...]  # the new shape
-    fresh: Tensor | None = None  # values of the new shape, used where no old one lands; None: zeros
+    fresh: Tensor | tuple[Block, ...] | None = None  # where no old value lands: of the new shape, or blocks; else zeros
     scale: float | Tensor = 1.0  # factor on the old values, broadcast against the old shape
     shift: Tensor | None = None  # added to them afterwards, broadcast against the old shape
+
+    @property
+    def values(self) -> list[Tensor]:
+        """All tensors of values that the edit holds."""
+        fresh = [block.values for block in self.fresh] if isinstance(self.fresh, tuple) else [self.fresh]
+        return [part for part in (*fresh, self.scale, self.shift) if isinstance(part, Tensor)]
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,7 @@ def widen(
 
 
 _ABSENT = object()
+_OWN = frozenset(("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", stages.ATTRIBUTE))
 
 
 @dataclass(eq=False)
@@ -183,6 +190,7 @@ class _Plan:
         optimizers: Sequence[Any],
     ) -> None:
         born: dict[int, dict[int, Tensor]] = {}
+        made: dict[tuple[int, ...], stages.Axis] = {}
         _check_memory(roots, grown)
         for module in _modules(roots):
             _check_references(module, grown)
@@ -197,7 +205,7 @@ class _Plan:
                     self.assignments.append((registry, leaf, found.new))
                     enlargement = found.enlargement
                     recorded[leaf] = stages.with_growth(
-                        recorded.get(leaf, {}), enlargement.old, enlargement.new, enlargement.axes, stage
+                        recorded.get(leaf, {}), enlargement.old, enlargement.new, enlargement.axes, stage, made
                     )
                     born[id(found.old)] = {dim: axis.stage for dim, axis in recorded[leaf].items()}
             recorded = {leaf: axes for leaf, axes in recorded.items() if axes}
@@ -326,8 +334,14 @@ def _build(
             "join them into one edit"
         )
     enlargement = Enlargement.checked(what, old.shape, edit.shape, edit.axes)
-    if edit.fresh is not None and tuple(edit.fresh.shape) != enlargement.new:
+    if isinstance(edit.fresh, Tensor) and tuple(edit.fresh.shape) != enlargement.new:
         raise GrowthError(f"{what}: fresh has shape {tuple(edit.fresh.shape)}, wanted {enlargement.new}")
+    for block in edit.fresh if isinstance(edit.fresh, tuple) else ():
+        if not block.fits(enlargement.new):
+            raise GrowthError(
+                f"{what}: fresh has a block of shape {tuple(block.values.shape)} from {block.offset} on, which does "
+                f"not lie in {enlargement.new}"
+            )
     if isinstance(edit.scale, Tensor) and not _broadcasts(edit.scale.shape, old.shape):
         raise GrowthError(
             f"{what}: scale has shape {tuple(edit.scale.shape)}, which doesn't broadcast to {enlargement.old}"
@@ -406,7 +420,7 @@ def _check_owner(module: nn.Module, leaf: str, name: str, whose: str) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         raise GrowthError(f"{whose}: {name!r} belongs to a ScriptModule, whose shapes are fixed; grow the original")
     # The hooks of torch.nn.utils.weight_norm, spectral_norm and prune: weight from weight_g and weight_v, ...
-    for source, value in vars(module).items():
+    for source, value in vars(module).items() if "_" in leaf else ():
         if isinstance(value, Tensor) and leaf.startswith(f"{source}_"):
             raise GrowthError(
                 f"{whose}: a hook computes {source!r} from {name!r} and keeps it at its old size; "
@@ -439,9 +453,9 @@ def _check_references(module: nn.Module, grown: Mapping[int, GrownParameter]) ->
     if is_wrapper(module):
         return
     for key, value in vars(module).items():
-        if not isinstance(value, (Tensor, list, tuple, set, dict)) or "_hook" in key:
+        if not isinstance(value, (Tensor, list, tuple, set, dict)) or key in _OWN or "_hook" in key:
             continue
-        if key not in ("_parameters", "_buffers", stages.ATTRIBUTE) and holds(value, grown):
+        if holds(value, grown):
             raise GrowthError(
                 f"{type(module).__name__}.{key} keeps a second reference to a tensor that would grow; "
                 "look it up where it is used instead"
@@ -508,6 +522,9 @@ def _same(one: TensorEdit, other: TensorEdit) -> bool:
 def _equal(one: object, other: object) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one is other or (one.dtype == other.dtype and torch.equal(one, other))
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        pairs = zip(one, other, strict=False)
+        return len(one) == len(other) and all(a.offset == b.offset and _equal(a.values, b.values) for a, b in pairs)
     return not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other
 
 

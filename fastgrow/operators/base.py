@@ -19,6 +19,7 @@ __all__ = [
     "checked_pair",
     "exponent_of",
     "full_precision",
+    "power_of_two",
     "scale_by_power",
     "split_scale",
     "upcast",
@@ -115,8 +116,18 @@ class LinearMap(ABC):
 
 def scale_by_power(values: Tensor, exponent: Tensor) -> Tensor:
     """values * 2^exponent, in two halves: 2^exponent alone may leave the range that the product is in."""
-    half = torch.floor(exponent / 2).to(values.dtype)
-    return values * torch.exp2(half) * torch.exp2(exponent.to(values.dtype) - half)
+    half = torch.floor(exponent / 2)
+    return values * power_of_two(half, values.dtype) * power_of_two(exponent - half, values.dtype)
+
+
+def power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor | float:
+    """2^exponent: a number where the exponent is at hand on the CPU, else a tensor of this dtype on its device."""
+    if exponent.device.type != "cpu":
+        return torch.exp2(exponent.to(dtype))
+    power = exponent.item()
+    if not -1074 <= power <= 1023:
+        return power if power != power else 0.0 if power < 0 else math.inf
+    return float(2.0**power)
 
 
 def exponent_of(tensor: Tensor, at_least: float = 0.0) -> Tensor:
@@ -124,6 +135,11 @@ def exponent_of(tensor: Tensor, at_least: float = 0.0) -> Tensor:
     if tensor.numel() == 0:
         return torch.zeros((), device=tensor.device)
     low, high = torch.aminmax(tensor)
+    if tensor.device.type == "cpu":  # in plain numbers, which cost less than tensors of one element
+        size = max(abs(low.item()), abs(high.item()), at_least)
+        bound = LARGEST_EXPONENT[tensor.dtype]
+        whole = min(max(math.frexp(size)[1], -bound), bound) if math.isfinite(size) else size
+        return torch.tensor(float(whole), device="cpu")
     largest = torch.maximum(high, -low).clamp(min=at_least)
     limit = LARGEST_EXPONENT[tensor.dtype]
     power = torch.frexp(largest).exponent.clamp(-limit, limit).to(torch.float32)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import GrowthError
-from .base import LinearMap, checked_pair, exponent_of, split_scale
+from .base import LinearMap, checked_pair, exponent_of, power_of_two, split_scale
 
 __all__ = ["ConvFlattenLinearPair", "ConvPair", "Geometry"]
 
@@ -59,8 +59,8 @@ class _ConvProducer(LinearMap):
         grad_exponent = exponent_of(grad)
         data_exponent = exponent_of(self.data, at_least=float(self.bias))
         self.exponent = grad_exponent + data_exponent + power
-        self._shrink_grad = torch.exp2(-grad_exponent.to(self.dtype)) * self._mantissa
-        self._shrink_data = torch.exp2(-data_exponent.to(self.dtype))
+        self._shrink_grad = power_of_two(-grad_exponent, self.dtype) * self._mantissa
+        self._shrink_data = power_of_two(-data_exponent, self.dtype)
 
     def _to_hidden(self, columns: Tensor) -> Tensor:
         """(I*kernel [+ 1], r) -> what r filters write: (N, r, *hidden)."""
@@ -176,7 +176,7 @@ class ConvPair(_ConvProducer):
         reads = functional.unfold(self.data * self._shrink_data, kernel, dilation, padding, stride)
         right = reads.movedim(1, 0).reshape(self.taps, batch * positions)
         if self.bias:
-            right = torch.cat([right, self._shrink_data.expand(1, right.shape[1])])
+            right = torch.cat([right, torch.ones_like(right[:1]) * self._shrink_data])
         if self.centred:
             right = right - right.mean(dim=1, keepdim=True)
         kernel, stride, padding, dilation = self.consumer

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GrowthError
-from .base import LARGEST_EXPONENT, LinearMap, checked_pair, exponent_of, split_scale, upcast
+from .base import LARGEST_EXPONENT, LinearMap, checked_pair, exponent_of, power_of_two, split_scale, upcast
 
 _SQUARES = 40  # |log2| of magnitudes whose squares add up safely in float32
 
@@ -26,7 +26,7 @@ class DenseMap(LinearMap):
         rows, cols = matrix.shape
         self.shape, self.dtype, self.device = (rows, cols), self.matrix.dtype, matrix.device
         self.exponent = exponent_of(self.matrix)
-        self._shrink = torch.exp2(-self.exponent.to(self.dtype))
+        self._shrink = power_of_two(-self.exponent, self.dtype)
         self.column_flops, self.dense_flops = 2.0 * rows * cols, 0.0
 
     def unit_matmat(self, columns: Tensor) -> Tensor:
@@ -68,8 +68,8 @@ class LinearPair(LinearMap):
         grad_exponent = exponent_of(self.grad)
         data_exponent = exponent_of(self.data, at_least=float(bias))
         self.exponent = grad_exponent + data_exponent + power
-        self._shrink_grad = torch.exp2(-grad_exponent.to(self.dtype))
-        self._shrink_data = torch.exp2(-data_exponent.to(self.dtype))
+        self._shrink_grad = power_of_two(-grad_exponent, self.dtype)
+        self._shrink_data = power_of_two(-data_exponent, self.dtype)
         self.column_flops = 2.0 * samples * (outs + ins)
         self.dense_flops = 2.0 * samples * outs * ins
 

@@ -8,7 +8,7 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -90,6 +90,7 @@ class Followed:
     dims: Mapping[Node, Any]  # node -> its layouts (a list of them for ops of several results)
     tensor_dims: Mapping[str, tuple[Layout, ...]]
     calls: tuple[LayerCall, ...]
+    chains: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # site -> its middle, once read
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -117,17 +118,27 @@ def argument_paths(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
 
     The same whether an argument is given by position or by name, and whatever the order of the names.
     """
-    parameters = inspect.signature(unwrap(model).forward).parameters.values()
-    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "args")
+    forward = unwrap(model).forward
+    positional, rest = _positional(getattr(forward, "__func__", forward), bound=hasattr(forward, "__func__"))
     roots: list[tuple[str, Any]] = [
         (positional[at] if at < len(positional) else f"{rest}[{at - len(positional)}]", value)
         for at, value in enumerate(args)
     ]
     found: list[tuple[str, Any]] = []
     for root, value in (*roots, *kwargs.items()):
-        found += [(root + pytree.keystr(path), leaf) for path, leaf in pytree.tree_flatten_with_path(value)[0]]
+        if isinstance(value, Tensor):
+            found.append((root, value))
+        else:
+            found += [(root + pytree.keystr(path), leaf) for path, leaf in pytree.tree_flatten_with_path(value)[0]]
     return found
+
+
+@functools.lru_cache(maxsize=32)
+def _positional(forward: Callable[..., Any], *, bound: bool) -> tuple[tuple[str, ...], str]:
+    """The names that arguments given by position have, and the one that takes the rest."""
+    parameters = list(inspect.signature(forward).parameters.values())[bound:]
+    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "args")
+    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)), rest
 
 
 def open_outputs(output: Any) -> Any:

@@ -197,10 +197,13 @@ class Sites(Sequence[Site]):
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer of the model under all its names."""
-    model = unwrap(model)
+    modules = list(unwrap(model).named_modules(remove_duplicate=False))
     return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
+        f"{prefix}.{leaf}" if prefix else leaf: tensor
+        for registry in ("_parameters", "_buffers")
+        for prefix, module in modules
+        for leaf, tensor in getattr(module, registry).items()
+        if tensor is not None
     }
 
 
