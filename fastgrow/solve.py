@@ -20,6 +20,7 @@ from .cores import fixed_signs, svd_of_cores, to_host
 from .errors import GrowthError
 from .foresight import foreseen, foreseen_cost
 from .operators import DenseMap, LinearMap, full_precision, scale_by_power
+from .reduction import HOST_CORE, Reduced, by_gram_of_factors, formed, reduced, start_block
 
 __all__ = ["Directions", "Method", "solve", "top_directions"]
 
@@ -27,9 +28,8 @@ Method = Literal["auto", "svd", "gram", "subspace"]
 
 _SPARE = 8  # columns beyond k: the k-th direction converges by the gap to the (k+8)-th value
 _SMALL_SIDE = 64  # matrices with a side up to this are solved exactly, in float64
-_HOST_CORE = 256  # cores up to this are decomposed in float64 on the host
-_TYPICAL_ROUNDS = 3  # of block Krylov on gradients of networks, for choosing a route before it runs
 _SAFE_PIVOT = 1e-3  # CholeskyQR loses (1/pivot)^2 ulps; below this Householder takes over
+_TYPICAL_ROUNDS = 3  # of block Krylov on gradients of networks, for choosing a route before it runs
 # Cost of an n x n decomposition in units of n^3 flops of a product on the same device: eigh, svd.
 # Measured on a CPU; the other line counts what sequential panels cost a device made for products.
 _DECOMPOSITION = {"cpu": (12.0, 23.0)}
@@ -112,23 +112,15 @@ def solve(
             if route == "subspace" and 3 * problem.width <= problem.side:
                 runs.append(_Krylov(problem, tol, unlimited=method == "subspace"))
             else:
-                problem.reduced = _reduce_exactly(problem, route)
+                problem.reduce(route)
         _iterate(runs)
         for run in runs:
             problem = run.problem
-            problem.reduced = run.reduce() if run.certified else _reduce_exactly(problem, "auto")
+            if run.certified:
+                problem.reduced = run.reduce()
+            else:
+                problem.reduce("auto")
         return _finish(problems)
-
-
-@dataclass
-class _Reduced:
-    """``M = 2^(exponent + shift) * left core right^T`` on what is kept; None stands for the identity."""
-
-    left: Tensor | None  # (m, p), orthonormal columns
-    core: Tensor  # (p, p)
-    right: Tensor | None  # (n, p)
-    captured: float = 1.0
-    shift: int = 0
 
 
 @dataclass
@@ -136,7 +128,7 @@ class _Problem:
     map: LinearMap
     k: int
     label: str
-    reduced: _Reduced | None = field(default=None, repr=False)
+    reduced: Reduced | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.side = min(self.map.shape)
@@ -148,6 +140,10 @@ class _Problem:
         wanted = self.k + _SPARE if granule == 1 else -(-self.k // granule) * granule
         self.width = min(wanted, self.side)
 
+    def reduce(self, method: str) -> None:
+        """To a core, with no iteration."""
+        self.map, self.reduced = reduced(self.map, self.k, self.width, method)
+
     def round_cost(self, basis: int) -> float:
         """Flops of a Krylov round that ends with this many basis columns."""
         rows, cols = self.map.shape
@@ -155,13 +151,13 @@ class _Problem:
         return 2.0 * self.width * self.map.column_flops + algebra + _HOST_EIGH * basis**3
 
     def exact_cost(self) -> float:
-        """Flops of `_reduce_exactly`."""
+        """Flops of `reduce` with "auto"."""
         rank, side, length = self.map.rank_bound, self.side, max(self.map.shape)
         eigh, svd = _decomposition_cost(self.map.device)
-        if rank < side and _by_gram_of_factors(rank, self):
-            by_factors = sum(self.map.shape) * rank * (4.0 * rank + 6.0 * self.width) + (eigh + 4.0) * rank**3
+        if rank < side and by_gram_of_factors(rank, self.width):
+            by_factors = sum(self.map.shape) * rank * (2.0 * rank + 8.0 * self.width) + (eigh + 6.0) * rank**3
         elif rank < side:
-            inner = _HOST_SVD if rank <= _HOST_CORE else svd
+            inner = _HOST_SVD if rank <= HOST_CORE else svd
             by_factors = 8.0 * sum(self.map.shape) * rank**2 + inner * rank**3
         else:
             by_factors = math.inf
@@ -205,7 +201,7 @@ def _route(problem: _Problem) -> Method:
     """What "auto" does with a map; a matrix that is cheaper to form than to multiply by is formed here."""
     given, side, width = problem.map, problem.side, problem.width
     if side <= _SMALL_SIDE or 3 * width > side:
-        return "svd" if side <= _HOST_CORE else "auto"
+        return "svd" if side <= HOST_CORE else "auto"
     products = (2 * _TYPICAL_ROUNDS + 1) * width
     rows, cols = given.shape
     formed_cost = given.dense_flops + products * 2.0 * rows * cols
@@ -214,78 +210,8 @@ def _route(problem: _Problem) -> Method:
     if exact_cost < krylov_cost:
         return "auto"
     if formed_cost < products * given.column_flops:
-        problem.map = _formed(given)
+        problem.map = formed(given)
     return "subspace"
-
-
-def _formed(given: LinearMap) -> DenseMap:
-    """The same map as a matrix."""
-    if isinstance(given, DenseMap):
-        return given
-    result = DenseMap(given.unit_dense())
-    result.exponent = result.exponent + given.exponent
-    return result
-
-
-def _reduce_exactly(problem: _Problem, method: Method) -> _Reduced:
-    """A core with the same leading triplets; "auto": from factors, small matrices whole, else by Gram."""
-    if method == "auto":
-        factors = problem.map.unit_factors()
-        if factors is not None:
-            return _reduce_by_factors(*factors, problem)
-    problem.map = _formed(problem.map)
-    matrix = problem.map.unit_dense()  # (m, n)
-    if method == "gram" or (method == "auto" and problem.side > _HOST_CORE):
-        return _reduce_by_gram(matrix, problem.width)
-    if problem.side > _HOST_CORE:
-        return _Reduced(None, matrix, None)
-    matrix = matrix.double()
-    if matrix.shape[0] > matrix.shape[1]:
-        left, core = torch.linalg.qr(matrix)
-        return _Reduced(left, core, None)
-    if matrix.shape[0] < matrix.shape[1]:
-        right, core = torch.linalg.qr(matrix.mT)
-        return _Reduced(None, core.mT, right)
-    return _Reduced(None, matrix, None)
-
-
-def _reduce_by_factors(left: Tensor, right: Tensor, problem: _Problem) -> _Reduced:
-    """From ``U = L R^T``; where the rank is below k, further columns complete the bases, with value 0."""
-    rank = left.shape[1]
-    if _by_gram_of_factors(rank, problem):
-        return _reduce_by_gram_of_factors(left, right, problem.width)
-    spare = max(0, problem.k - rank)
-    (q_left, r_left), (q_right, r_right) = (
-        torch.linalg.qr(torch.cat([f, _start(f.shape[0], spare, problem.map)], dim=1)) for f in (left, right)
-    )
-    return _Reduced(q_left, r_left[:, :rank] @ r_right[:, :rank].mT, q_right)
-
-
-def _by_gram_of_factors(rank: int, problem: _Problem) -> bool:
-    """Whether so few of so many directions are wanted that eigenvectors cost less than an SVD of all."""
-    return rank > _HOST_CORE and 2 * problem.width <= rank
-
-
-def _reduce_by_gram_of_factors(left: Tensor, right: Tensor, width: int) -> _Reduced:
-    """The same by ``L = Q R_l``, ``R = P R_r``: eigenvectors W of ``R_l R_r^T``'s Gram matrix; P is never made."""
-    packed, scales = torch.geqrf(left)  # Q, as reflections below the diagonal
-    rank = left.shape[1]
-    r_left = packed[:rank].triu()
-    core = r_left @ torch.geqrf(right)[0][:rank].triu().mT
-    chosen = torch.linalg.eigh(core @ core.mT).eigenvectors[:, -width:]  # W, (p, r)
-    image, core = torch.linalg.qr(right @ (r_left.mT @ chosen))  # U^T Q W
-    tall = torch.cat([chosen, chosen.new_zeros(left.shape[0] - rank, width)])
-    return _Reduced(torch.ormqr(packed, scales, tall), core.mT, image)
-
-
-def _reduce_by_gram(matrix: Tensor, width: int) -> _Reduced:
-    if matrix.shape[0] <= matrix.shape[1]:
-        left = torch.linalg.eigh(matrix @ matrix.mT).eigenvectors[:, -width:]
-    else:
-        vectors = torch.linalg.eigh(matrix.mT @ matrix).eigenvectors[:, -width:]
-        left = torch.linalg.qr(matrix @ vectors).Q
-    right, core = torch.linalg.qr(matrix.mT @ left)
-    return _Reduced(left, core.mT, right)
 
 
 class _Krylov:
@@ -307,7 +233,7 @@ class _Krylov:
         self.basis = torch.empty(self.map.shape[0], 0, dtype=self.map.dtype, device=self.map.device)
         self.images = torch.empty(self.map.shape[1], 0, dtype=self.map.dtype, device=self.map.device)
         self.ritz = torch.zeros(0, 0, dtype=torch.float64)  # T
-        self.block = self.map.unit_matmat(_start(self.map.shape[1], self.width, self.map))  # (m, r)
+        self.block = self.map.unit_matmat(start_block(self.map.shape[1], self.width, self.map))  # (m, r)
         self.vectors = torch.empty(0)
         square = self.map.unit_square()
         self.device_square = torch.full_like(self.map.exponent, math.inf) if square is None else square
@@ -357,7 +283,7 @@ class _Krylov:
                 return fresh - self.basis @ (self.basis.mT @ fresh)
         # Dependent columns: noise of an ulp gives them directions of their own, outside the basis.
         scale = torch.where(norms > 0, norms, 1.0).to(self.map.device, self.map.dtype)
-        noise = _start(self.map.shape[0], self.width, self.map) * torch.finfo(self.map.dtype).eps
+        noise = start_block(self.map.shape[0], self.width, self.map) * torch.finfo(self.map.dtype).eps
         fresh = self.block / scale + noise
         for _ in range(3):
             fresh = torch.linalg.qr(fresh - self.basis @ (self.basis.mT @ fresh)).Q
@@ -416,7 +342,7 @@ class _Krylov:
             return False
         self.shift, self.rounds = power, 0
         self.basis, self.images, self.ritz = self.basis[:, :0], self.images[:, :0], self.ritz[:0, :0]
-        self.block = self._scaled(self.map.unit_matmat(_start(self.map.shape[1], self.width, self.map)))
+        self.block = self._scaled(self.map.unit_matmat(start_block(self.map.shape[1], self.width, self.map)))
         return True
 
     def _check(self, products: int, gram: Tensor | None = None, exhausted: bool = False) -> None:
@@ -466,10 +392,10 @@ class _Krylov:
         self.history.append((products, gap))
         self.next_check = products + ahead
 
-    def reduce(self) -> _Reduced:
+    def reduce(self) -> Reduced:
         vectors = self.vectors.to(self.map.device, self.map.dtype)
         right, core = torch.linalg.qr(self.images @ vectors)
-        return _Reduced(self.basis @ vectors, core.mT, right, self.captured, self.shift)
+        return Reduced(self.basis @ vectors, core.mT, right, self.captured, self.shift)
 
 
 def _iterate(runs: list[_Krylov]) -> None:
@@ -490,20 +416,10 @@ def _iterate(runs: list[_Krylov]) -> None:
         active = [run for run in active if run.active]
 
 
-def _start(rows: int, columns: int, like: LinearMap) -> Tensor:
-    """(rows, columns) in (-1, 1), by hashing the indices: the same on every device, no generator touched."""
-    row = torch.arange(rows, device=like.device)[:, None] * 0x9E3779B1
-    column = torch.arange(columns, device=like.device) * 0x85EBCA77
-    mixed = row + column
-    for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
-        mixed = ((mixed ^ (mixed >> shift)) * factor) & 0x7FFFFFFF
-    return ((mixed ^ (mixed >> 15)) & 0xFFFFFF).to(like.dtype) * 2.0**-23 - 1.0
-
-
 def _finish(problems: list[_Problem]) -> list[Directions]:
     """SVDs of all cores, rotated back."""
     reduced = [p.reduced for p in problems if p.reduced is not None]
-    small = [i for i, r in enumerate(reduced) if max(r.core.shape) <= _HOST_CORE]
+    small = [i for i, r in enumerate(reduced) if max(r.core.shape) <= HOST_CORE]
     solved: dict[int, tuple[Tensor, Tensor, Tensor]] = dict(
         zip(small, svd_of_cores(to_host([reduced[i].core.double() for i in small])), strict=True)
     )

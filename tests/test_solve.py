@@ -275,6 +275,31 @@ def test_few_samples_are_exact() -> None:
     assert (found.values.double() - exact[:20]).abs().max() <= tolerance(torch.float32, 400) * exact[0]
 
 
+@pytest.mark.parametrize("kind", ["independent", "repeated", "silent", "many scales"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_few_of_many_samples_directions(kind: str, dtype: torch.dtype) -> None:
+    """More samples than a core on the host may have: by Gram matrices of the factors."""
+    torch.manual_seed(0)
+    grad, x = torch.randn(320, 400, dtype=dtype), torch.randn(320, 450, dtype=dtype)
+    if kind == "repeated":
+        grad[160:], x[160:] = grad[:160], x[:160]
+    if kind == "silent":
+        grad[40:], x[300:] = 0, 0
+    if kind == "many scales":
+        grad *= torch.logspace(0, -4, 320, dtype=dtype)[:, None]
+    found = solve([LinearPair(grad, x)], 60)[0]
+    matrix = grad.double().mT @ x.double()
+    values = torch.linalg.svdvals(matrix)
+    best = values[:60].square().sum().sqrt()
+    slack = tolerance(dtype, 320)
+    for basis, inside in ((found.left, found.left.double().mT @ matrix), (found.right, matrix @ found.right.double())):
+        eye = torch.eye(60, dtype=torch.float64)
+        assert (basis.double().mT @ basis.double() - eye).abs().max() <= slack
+        assert torch.linalg.matrix_norm(inside) >= (1 - slack) * best
+    assert (found.values.double() - values[:60]).abs().max() <= slack * values[0]
+    assert found.captured == 1.0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_matrix_much_smaller_than_its_factors(dtype: torch.dtype) -> None:
     """Large gradients meet small inputs: every product is far below what the factors' scale promises."""

@@ -1,0 +1,115 @@
+"""A map brought to a small core with the same leading triplets: from its factors, by a Gram matrix, or whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .operators import DenseMap, LinearMap
+
+__all__ = ["HOST_CORE", "Reduced", "by_gram_of_factors", "formed", "reduced", "start_block"]
+
+HOST_CORE = 256  # cores up to this are decomposed in float64 on the host
+
+
+@dataclass
+class Reduced:
+    """``M = 2^(exponent + shift) * left core right^T`` on what is kept; None stands for the identity."""
+
+    left: Tensor | None  # (m, p), orthonormal columns
+    core: Tensor  # (p, p)
+    right: Tensor | None  # (n, p)
+    captured: float = 1.0
+    shift: int = 0
+
+
+def formed(given: LinearMap) -> DenseMap:
+    """The same map as a matrix."""
+    if isinstance(given, DenseMap):
+        return given
+    result = DenseMap(given.unit_dense())
+    result.exponent = result.exponent + given.exponent
+    return result
+
+
+def reduced(given: LinearMap, k: int, width: int, method: str) -> tuple[LinearMap, Reduced]:
+    """A core with the k leading triplets, and the map whose exponent it is in.
+
+    method: "svd" (whole), "gram" (by eigenvectors of the smaller Gram matrix, ``width`` >= k of them), "auto": from
+    factors where the map has any, small matrices whole, else by Gram.
+    """
+    if method == "auto":
+        factors = given.unit_factors()
+        if factors is not None:
+            return given, _by_factors(*factors, given, k, width)
+    given = formed(given)
+    matrix, side = given.unit_dense(), min(given.shape)  # (m, n)
+    if method == "gram" or (method == "auto" and side > HOST_CORE):
+        return given, _by_gram(matrix, width)
+    if side > HOST_CORE:
+        return given, Reduced(None, matrix, None)
+    matrix = matrix.double()
+    if matrix.shape[0] > matrix.shape[1]:
+        left, core = torch.linalg.qr(matrix)
+        return given, Reduced(left, core, None)
+    if matrix.shape[0] < matrix.shape[1]:
+        right, core = torch.linalg.qr(matrix.mT)
+        return given, Reduced(None, core.mT, right)
+    return given, Reduced(None, matrix, None)
+
+
+def by_gram_of_factors(rank: int, width: int) -> bool:
+    """Whether so few of so many directions are wanted that eigenvectors cost less than an SVD of all."""
+    return rank > HOST_CORE and 2 * width <= rank
+
+
+def _by_factors(left: Tensor, right: Tensor, given: LinearMap, k: int, width: int) -> Reduced:
+    """From ``U = L R^T``; where the rank is below k, further columns complete the bases, with value 0."""
+    rank = left.shape[1]
+    if by_gram_of_factors(rank, width):
+        return _by_gram_of_factors(left, right, width)
+    spare = max(0, k - rank)
+    (q_left, r_left), (q_right, r_right) = (
+        torch.linalg.qr(torch.cat([f, start_block(f.shape[0], spare, given)], dim=1)) for f in (left, right)
+    )
+    return Reduced(q_left, r_left[:, :rank] @ r_right[:, :rank].mT, q_right)
+
+
+def _by_gram_of_factors(left: Tensor, right: Tensor, width: int) -> Reduced:
+    """The same with no long decomposition but those of the result: ``U U^T = (L C)(L C)^T`` where ``R^T R = C C^T``.
+
+    The eigenvectors W of (L C)^T (L C), of the size of the rank, give the leading left space L C W; what rounding has
+    turned it by is second order in what it captures. Its image, orthonormalised, is the right one.
+    """
+    gram = right.mT @ right
+    factor, info = torch.linalg.cholesky_ex(gram)
+    if info.item():  # dependent samples: C from the eigenvectors, which always are
+        values, vectors = torch.linalg.eigh(gram)
+        factor = vectors * values.clamp(min=0).sqrt()
+    inner = factor.mT @ (left.mT @ left) @ factor
+    chosen = torch.linalg.eigh((inner + inner.mT) / 2).eigenvectors[:, -width:]
+    basis = torch.linalg.qr(left @ (factor @ chosen)).Q  # (m, width)
+    image, core = torch.linalg.qr(right @ (left.mT @ basis))
+    return Reduced(basis, core.mT, image)
+
+
+def _by_gram(matrix: Tensor, width: int) -> Reduced:
+    if matrix.shape[0] <= matrix.shape[1]:
+        left = torch.linalg.eigh(matrix @ matrix.mT).eigenvectors[:, -width:]
+    else:
+        vectors = torch.linalg.eigh(matrix.mT @ matrix).eigenvectors[:, -width:]
+        left = torch.linalg.qr(matrix @ vectors).Q
+    right, core = torch.linalg.qr(matrix.mT @ left)
+    return Reduced(left, core.mT, right)
+
+
+def start_block(rows: int, columns: int, like: LinearMap) -> Tensor:
+    """(rows, columns) in (-1, 1), by hashing the indices: the same on every device, no generator touched."""
+    row = torch.arange(rows, device=like.device)[:, None] * 0x9E3779B1
+    column = torch.arange(columns, device=like.device) * 0x85EBCA77
+    mixed = row + column
+    for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
+        mixed = ((mixed ^ (mixed >> shift)) * factor) & 0x7FFFFFFF
+    return ((mixed ^ (mixed >> 15)) & 0xFFFFFF).to(like.dtype) * 2.0**-23 - 1.0
