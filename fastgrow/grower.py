@@ -249,7 +249,7 @@ class Grower:
             self._arm_now(self.when.metric(metric))
         ready = bool(self._due) and self._due[0] <= self.steps
         report = self._grow(closure) if ready else None
-        if not ready:
+        if not self._due:
             self._seen = None
         if metric is None:
             self._arm_ahead()

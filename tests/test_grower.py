@@ -174,6 +174,24 @@ def test_state_goes_on_where_it_stood() -> None:
     assert not other.armed
 
 
+def test_a_measurement_waits_for_its_growth_when_a_step_is_left_out() -> None:
+    """A GradScaler skips a step, its batch was observed all the same: what was measured is not thrown away."""
+    grower, model, x, y = setup(when=fg.when.Every(5, times=1), batches=3)
+    seen: list[int] = []
+    _grow = grower._grow
+
+    def growing(closure: Any) -> Any:
+        seen.append(grower._seen.samples)  # type: ignore[union-attr]
+        return _grow(closure)
+
+    grower._grow = growing  # type: ignore[method-assign]
+    run(grower, model, x, y, 2)
+    with grower.observe():
+        F.cross_entropy(model(x), y).backward()
+    assert run(grower, model, x, y, 3) == [5]
+    assert seen == [3 * len(x)]
+
+
 def before_batches(state: dict[str, Any]) -> dict[str, Any]:
     """The state as it was saved before the Grower knew `batches` and measured gains."""
     old = {name: value for name, value in state.items() if name not in ("due", "asked")}
