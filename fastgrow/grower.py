@@ -309,9 +309,9 @@ class Grower:
         if not isinstance(self.where, NORTH):
             return {}
         if self.where.read == "weights":
-            return weight_ranks(self.model, self.sites, self.where.epsilon)
+            return self._agreed(weight_ranks(self.model, self.sites, self.where.epsilon))
         assert self._ranks is not None
-        return self._ranks.ranks(self.where.epsilon, replicas_of(self.model))
+        return self._agreed(self._ranks.ranks(self.where.epsilon, replicas_of(self.model)))
 
     def _evidence(self, seen: Observation | None) -> Evidence:
         price = pricing(self.model, self.sites)
