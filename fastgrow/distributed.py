@@ -294,12 +294,18 @@ def _joined(parts: Sequence[tuple[Capture, float]]) -> Capture:
     inputs = {key: torch.cat([part.inputs[key] for part, _ in parts]) for key in first.inputs}
     gradients = {key: torch.cat([weight * part.gradients[key] for part, weight in parts]) for key in first.gradients}
     columns = zip(*(part.arguments for part, _ in parts), strict=True)
-    arguments = tuple(
-        torch.cat(column) if one is not None and one.dim() and len(one) == first.samples else one
-        for column in columns
-        for one in column[:1]
-    )
-    return Capture(sum(part.samples for part, _ in parts), inputs, gradients, first.called, arguments)
+    arguments = tuple(_joined_argument(column, first) for column in columns)
+    samples = sum(part.samples for part, _ in parts)
+    return Capture(samples, inputs, gradients, first.called, arguments, first.flat)
+
+
+def _joined_argument(column: Sequence[Tensor | None], first: Capture) -> Tensor | None:
+    one = column[0]
+    if one is None or not one.dim():
+        return one
+    if first.flat and one.dim() == 1:  # offsets count from the start of each rank's own text
+        return None
+    return torch.cat([part for part in column if part is not None]) if len(one) == first.samples else one
 
 
 def _moved(found: Directions, device: torch.device | str) -> Directions:
