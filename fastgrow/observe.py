@@ -67,7 +67,8 @@ class Observation:
 
     @property
     def samples(self) -> int:
-        """Samples that count, over all ranks."""
+        """Samples that count, over all ranks: rows of the model's first tensor argument; where that is a flat text or
+        its offsets, the bags of `nn.EmbeddingBag`."""
         self._norms.settle()
         return self._norms.samples
 

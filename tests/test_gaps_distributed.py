@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import pytest
 import torch
 from gloo import WORLD, assert_same_bits, assert_within, found_by, joined
+from test_distributed import CpuSyncBatchNorm
 from tolerances import tolerance
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -147,6 +149,68 @@ def by_north(read: str, closed: bool, rank: int | None) -> dict[str, Tensor]:
     return {**told(grower.history), **states(model), **baseline}
 
 
+class Bags(nn.Module):
+    """A flat text; its own bags gate the head, so that replaying the middle reads the arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.f1, self.f2 = nn.EmbeddingBag(11, 4), nn.Linear(4, 5), nn.Linear(5, 5)
+        self.shift, self.out = nn.EmbeddingBag(11, 1), nn.Linear(5, 3)
+
+    def forward(self, text: Tensor, offsets: Tensor) -> Tensor:
+        x = torch.tanh(self.f1(self.embedding(text, offsets)))
+        return self.out(torch.tanh(self.f2(x) * self.shift(text, offsets)))
+
+
+class NormedBags(Bags):
+    """Solved on rank 0 with the batches of all as one. gated: the middle reads the text."""
+
+    def __init__(self, gated: bool) -> None:
+        super().__init__()
+        self.norm, self.gated = CpuSyncBatchNorm(5), gated
+
+    def forward(self, text: Tensor, offsets: Tensor) -> Tensor:
+        x = F.silu(self.norm(self.f1(self.embedding(text, offsets))))
+        return self.out(torch.tanh(self.f2(x * self.shift(text, offsets) if self.gated else x)))
+
+
+def bags_of(rank: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """As many bags on both ranks, 8 words on one and 30 on the other."""
+    lengths = [2, 3, 3, 10, 12, 8]
+    cut = {None: slice(None), 0: slice(0, 3), 1: slice(3, None)}[rank]
+    text = torch.randint(0, 11, (sum(lengths),), generator=torch.Generator().manual_seed(5))
+    text = torch.cat(text.split(lengths)[cut])
+    offsets = torch.tensor([0, *lengths[cut][:-1]]).cumsum(0)
+    return text, offsets, torch.tensor([0, 1, 2, 2, 1, 0])[cut]
+
+
+def flat_texts(rank: int | None) -> dict[str, Tensor]:
+    """A bag is a sample, a word is none."""
+    text, offsets, y = bags_of(rank)
+    torch.manual_seed(0)
+    model = Bags().double()
+    sites = fg.find_sites(model, (text, offsets), include=["f1", "f2"])
+    called = model if rank is None else DDP(model)
+    with fg.observe(called, sites, rank=2) as seen:
+        F.cross_entropy(called(text, offsets), y).backward()
+    assert seen.samples == 6
+    found = {f"{name}.values": one.values for name, one in seen.directions(2).items()}
+    nagn = {f"{name}.nagn": torch.tensor(seen.nagn[name], dtype=torch.float64) for name in ("f1", "f2", "out")}
+    return {**found, **nagn}
+
+
+def synced_bags(rank: int | None) -> dict[str, Tensor]:
+    text, offsets, y = bags_of(rank)
+    torch.manual_seed(0)
+    model = NormedBags(False).double()
+    sites = fg.find_sites(model, (text, offsets), include="f1")
+    with mock.patch.object(DDP, "_passing_sync_batchnorm_handle"):  # it refuses the CPU
+        called = model if rank is None else DDP(model)
+        with fg.observe(called, sites, rank=2) as seen:
+            F.cross_entropy(called(text, offsets), y).backward()
+    return {"values": seen.directions(2)["f1"].values}
+
+
 COMPARED: dict[str, Callable[[int | None], dict[str, Tensor]]] = {
     "gain of GradMax": lambda rank: measured(fg.how.GradMax(bias=True), rank),
     "gain of Random": lambda rank: measured(fg.how.Random(), rank),
@@ -155,6 +219,8 @@ COMPARED: dict[str, Callable[[int | None], dict[str, Tensor]]] = {
     "gains in the loop": in_the_loop,
     "NORTH in the loop": lambda rank: by_north("activations", False, rank),
     "NORTH by a closure": lambda rank: by_north("activations", True, rank),
+    "flat texts": flat_texts,
+    "synchronised flat texts": synced_bags,
     "NORTH by weights": lambda rank: by_north("weights", False, rank),
 }
 
@@ -257,6 +323,21 @@ def failing_closure(rank: int) -> dict[str, Tensor]:
     return states(model)
 
 
+def texts_read_together(rank: int) -> dict[str, Tensor]:
+    """Offsets of several ranks are those of no one text."""
+    text, offsets, y = bags_of(rank)
+    model = NormedBags(True).double()
+    sites = fg.find_sites(model, (text, offsets), include="f1")
+    with mock.patch.object(DDP, "_passing_sync_batchnorm_handle"):
+        called = DDP(model)
+        with (
+            pytest.raises(fg.GrowthError, match="the model's input '(text|offsets)' was not seen"),
+            fg.observe(called, sites, rank=2),
+        ):
+            F.cross_entropy(called(text, offsets), y).backward()
+    return {}
+
+
 def sharded(rank: int) -> dict[str, Tensor]:
     """Refused before anything has changed."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -285,6 +366,7 @@ def worker(rank: int, folder: str) -> None:
         results = {name: scenario(rank) for name, scenario in COMPARED.items()}
         results["ran on one"] = ran_on_one(rank)
         results["never ran"] = never_ran(rank)
+        results["read together"] = texts_read_together(rank)
         results["sharded"] = sharded(rank)
         results["failing"] = failing_closure(rank)
         torch.save(results, path / f"rank{rank}.pt")

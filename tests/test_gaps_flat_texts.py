@@ -18,7 +18,7 @@ WORDS = 11
 
 
 class Bag(nn.Module):
-    """order: how forward takes its arguments. padded: the same text as one row of indices per sample."""
+    """last: offsets end with the text's length. function: F.embedding_bag in place of the module."""
 
     def __init__(self, last: bool = False, function: bool = False) -> None:
         super().__init__()
