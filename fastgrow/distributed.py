@@ -27,6 +27,8 @@ __all__ = ["DistributedMap", "Replicas", "replicas_of", "together", "without_gra
 
 _STOP, _MATMAT, _RMATMAT, _DENSE = range(4)
 
+_NO_GROWTH = "could not grow, so no rank does"
+
 _KEPT = (
     "device_ids",
     "output_device",
@@ -60,15 +62,15 @@ def without_gradient_traffic(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def together(replicas: Replicas | None) -> Iterator[None]:
-    """An error inside the block on one rank is an error at its end on all."""
+def together(replicas: Replicas | None, failed: str = _NO_GROWTH) -> Iterator[None]:
+    """An error inside the block on one rank is an error at its end on all; failed: what it is called on the others."""
     error: Exception | None = None
     try:
         yield
     except Exception as caught:
         error = caught
     if replicas is not None:
-        replicas.agree(error)
+        replicas.agree(error, failed)
     elif error is not None:
         raise error
 
@@ -119,18 +121,18 @@ class Replicas:
             if sent is not tensor:
                 tensor.copy_(sent)
 
-    def agree(self, error: Exception | None) -> None:
+    def agree(self, error: Exception | None, failed: str = _NO_GROWTH) -> None:
         """Raise this rank's error, or a `GrowthError` that tells another rank's."""
-        failed = torch.tensor(int(error is not None), device=self.device)
-        dist.all_reduce(failed, group=self.group)
-        if not failed.item():
+        failures = torch.tensor(int(error is not None), device=self.device)
+        dist.all_reduce(failures, group=self.group)
+        if not failures.item():
             return
         told: list[Any] = [None] * self.size
         dist.all_gather_object(told, None if error is None else f"{error}", group=self.group)
         if error is not None:
             raise error
         rank, message = next((at, text) for at, text in enumerate(told) if text is not None)
-        raise GrowthError(f"rank {rank} could not grow, so no rank does: {message}")
+        raise GrowthError(f"rank {rank} {failed}: {message}")
 
     def solve(self, maps: Sequence[LinearMap], k: int | Sequence[int], *, names: Sequence[str]) -> list[Directions]:
         """`fastgrow.solve.solve` for ``sum_r maps_r``; every rank brings its own maps, in the same order."""
@@ -292,12 +294,18 @@ def _joined(parts: Sequence[tuple[Capture, float]]) -> Capture:
     inputs = {key: torch.cat([part.inputs[key] for part, _ in parts]) for key in first.inputs}
     gradients = {key: torch.cat([weight * part.gradients[key] for part, weight in parts]) for key in first.gradients}
     columns = zip(*(part.arguments for part, _ in parts), strict=True)
-    arguments = tuple(
-        torch.cat(column) if one is not None and one.dim() and len(one) == first.samples else one
-        for column in columns
-        for one in column[:1]
-    )
-    return Capture(sum(part.samples for part, _ in parts), inputs, gradients, first.called, arguments)
+    arguments = tuple(_joined_argument(column, first) for column in columns)
+    samples = sum(part.samples for part, _ in parts)
+    return Capture(samples, inputs, gradients, first.called, arguments, first.flat)
+
+
+def _joined_argument(column: Sequence[Tensor | None], first: Capture) -> Tensor | None:
+    one = column[0]
+    if one is None or not one.dim():
+        return one
+    if first.flat and one.dim() == 1:  # offsets count from the start of each rank's own text
+        return None
+    return torch.cat([part for part in column if part is not None]) if len(one) == first.samples else one
 
 
 def _moved(found: Directions, device: torch.device | str) -> Directions:

@@ -1,14 +1,18 @@
-"""Layers that are function calls: ``F.linear(x, self.weight)`` has no module to hook."""
+"""What no module's hook sees: layers that are function calls, and the bags of a flat text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["FunctionalLayers"]
+from .errors import GrowthError
+
+__all__ = ["FlatTexts", "FunctionalLayers"]
 
 
 class FunctionalLayers(TorchFunctionMode):
@@ -52,3 +56,46 @@ _WEIGHTED = frozenset(
     "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d embedding addmm mm matmul "
     "__matmul__".split()
 )
+
+
+class FlatTexts(TorchFunctionMode):
+    """Sees what `nn.EmbeddingBag` is given as one row of indices with offsets: a row is no sample, a bag is.
+
+    rows: of the model's first argument, which is one-dimensional.
+    """
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self._rows = rows
+        self._calls: list[tuple[int, int, int]] = []  # indices, offsets, bags
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is F.embedding_bag or func is torch.embedding_bag:
+            name, at = ("input", 0) if func is F.embedding_bag else ("indices", 1)  # torch's own takes the weight first
+            indices = kwargs.get(name, args[at] if len(args) > at else None)
+            offsets = kwargs.get("offsets", args[2] if len(args) > 2 else None)
+            bags = result if isinstance(result, Tensor) else result[0]
+            if isinstance(indices, Tensor) and indices.dim() == 1 and isinstance(offsets, Tensor):
+                self._calls.append((len(indices), len(offsets), len(bags)))
+        return result
+
+    @property
+    def samples(self) -> int | None:
+        """The bags, where the argument's rows are those of a flat text or of its offsets; None where they are samples.
+
+        raises: GrowthError where neither can be told.
+        """
+        found = {bags for indices, offsets, bags in self._calls if self._rows in (indices, offsets)}
+        if len(found) == 1:
+            return found.pop()
+        if not found and all(bags % max(self._rows, 1) == 0 for *_, bags in self._calls):
+            return None  # as many bags for every row
+        shown = "; ".join(f"{indices} indices in {bags} bags" for indices, _, bags in self._calls)
+        raise GrowthError(
+            f"the batch size cannot be told: the model's first argument has {self._rows} rows, nn.EmbeddingBag was "
+            f"called with {shown}; let the forward pass take first a tensor whose rows are the samples"
+        )

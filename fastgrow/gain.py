@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .distributed import replicas_of
+from .distributed import replicas_of, together
 from .errors import GrowthError
 from .layout import new_positions
 from .rehearsal import checked_loss, preserved
+from .sharded import wrapped_modules
 from .sites import Site, Sites, tensors_of
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["GainMeter"]
 
 Steps = Mapping[str, Tensor]
+
+_NO_LOSS = "could not compute the closure's loss, so no rank measures its gain"
 
 
 class GainMeter:
@@ -45,8 +48,9 @@ class GainMeter:
 
     Costs one forward pass before growth; after it one forward and backward pass, one forward pass for each
     site, and one for all together where there are several. Under DistributedDataParallel loss and gradient are the
-    means over the ranks. Raises `GrowthError` without a closure or an optimizer; exceptions of the closure
-    pass unchanged. Parameters, ``.grad``s, buffers and RNG state are left as they were found.
+    means over the ranks. Raises `GrowthError` without a closure or an optimizer, and for a model that
+    ``fully_shard`` has sharded; exceptions of the closure pass unchanged, and the other ranks raise a `GrowthError`
+    that tells them. Parameters, ``.grad``s, buffers and RNG state are left as they were found.
     """
 
     def __init__(
@@ -59,6 +63,11 @@ class GainMeter:
             )
         if not optimizers:
             raise GrowthError("measure_gain=True measures a step of the learning rate: give optimizer=")
+        if wrapped_modules(model):
+            raise GrowthError(
+                "measure_gain=True moves parameters in place, which fully_shard has sharded: grow without it, or under "
+                "DistributedDataParallel"
+            )
         self.model = model
         self.sites = sites
         self.rate = float(optimizers[0].param_groups[0]["lr"])
@@ -98,11 +107,11 @@ class GainMeter:
 
     def _gradients(self, names: Sequence[str]) -> tuple[float, dict[str, Tensor]]:
         leaves = tensors_of(self.model)
-        with preserved(self.model), torch.enable_grad():
+        replicas = replicas_of(self.model)
+        with preserved(self.model), torch.enable_grad(), together(replicas, _NO_LOSS):
             loss = checked_loss(self._closure)
             found = torch.autograd.grad(loss, [leaves[name] for name in names], allow_unused=True)
         gradients = {name: g for name, g in zip(names, found, strict=True) if g is not None}
-        replicas = replicas_of(self.model)
         if replicas is not None:
             # A rank that did not use a tensor adds zero: every rank makes the same calls.
             for name in names:
@@ -142,8 +151,9 @@ class GainMeter:
                     tensors[name].copy_(value)
 
     def _loss(self) -> float:
-        with preserved(self.model), torch.enable_grad():
-            return self._mean(float(checked_loss(self._closure).detach()))
+        with preserved(self.model), torch.enable_grad(), together(replicas_of(self.model), _NO_LOSS):
+            loss = float(checked_loss(self._closure).detach())
+        return self._mean(loss)
 
     def _mean(self, loss: float) -> float:
         replicas = replicas_of(self.model)

@@ -328,9 +328,8 @@ def _checked(model: nn.Module, sites: Sites, units: Mapping[str, int], how: How)
 
 def observe_closure(model: nn.Module, watching: observe, closure: Callable[[], Tensor]) -> Observation:
     """One call of the closure under an observer; nothing of the model changes."""
-    with preserved(model), torch.enable_grad(), watching as seen:
-        loss = checked_loss(closure)
-        seen.backward(loss)
+    with preserved(model), torch.enable_grad(), watching as seen, together(replicas_of(model)):
+        seen.backward(checked_loss(closure))
     return seen
 
 
@@ -354,7 +353,7 @@ def inputs_of(model: nn.Module, closure: Callable[[], Tensor]) -> Any:
         lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True, prepend=True
     )
     try:
-        with preserved(model), torch.no_grad():
+        with preserved(model), torch.no_grad(), together(replicas_of(model)):
             closure()
     finally:
         hook.remove()

@@ -249,7 +249,7 @@ class Grower:
             self._arm_now(self.when.metric(metric))
         ready = bool(self._due) and self._due[0] <= self.steps
         report = self._grow(closure) if ready else None
-        if not ready:
+        if not self._due:
             self._seen = None
         if metric is None:
             self._arm_ahead()
@@ -309,9 +309,9 @@ class Grower:
         if not isinstance(self.where, NORTH):
             return {}
         if self.where.read == "weights":
-            return weight_ranks(self.model, self.sites, self.where.epsilon)
+            return self._agreed(weight_ranks(self.model, self.sites, self.where.epsilon))
         assert self._ranks is not None
-        return self._ranks.ranks(self.where.epsilon, replicas_of(self.model))
+        return self._agreed(self._ranks.ranks(self.where.epsilon, replicas_of(self.model)))
 
     def _evidence(self, seen: Observation | None) -> Evidence:
         price = pricing(self.model, self.sites)
@@ -393,14 +393,32 @@ class Grower:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where a saved Grower stood; its policies must be of the same classes."""
+        """Continue where a saved Grower stood; its policies must be of the same classes.
+
+        A state saved before `batches` came knows only that a growth is armed: it is due on the step that comes.
+        Raises `GrowthError`, with the Grower as it was, for a state that lacks something else or is another policy's.
+        """
+        if "armed" in state and "due" not in state:
+            step = int(state["steps"]) + 1
+            state = {**state, "due": [step] if state["armed"] else [], "asked": step}
+        missing = self.state_dict().keys() - state.keys()
+        if missing:
+            raise GrowthError(
+                f"Grower: the state lacks {', '.join(sorted(missing))}; wanted what Grower.state_dict() returned"
+            )
+        history = [
+            GrowthReport(**{**entry, "sites": [SiteGrowth(**site) for site in entry["sites"]]})
+            for entry in state["history"]
+        ]
+        before = self.when.state_dict()
         self.when.load_state_dict(state["when"])
-        self.where.load_state_dict(state["where"])
+        try:
+            self.where.load_state_dict(state["where"])
+        except BaseException:
+            self.when.load_state_dict(before)
+            raise
         self.steps = int(state["steps"])
         self._due = [int(step) for step in state["due"]]
         self._asked = int(state["asked"])
         self._seen = self._watching = None
-        self.history = [
-            GrowthReport(**{**entry, "sites": [SiteGrowth(**site) for site in entry["sites"]]})
-            for entry in state["history"]
-        ]
+        self.history = history

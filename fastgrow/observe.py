@@ -18,7 +18,7 @@ from . import ops
 from .cuda_graphs import check_not_captured
 from .distributed import replicas_of, together
 from .errors import GrowthError
-from .functional import FunctionalLayers
+from .functional import FlatTexts, FunctionalLayers
 from .names import find_module, find_tensor
 from .nn import attention_opened
 from .readings import NormSums, Readings
@@ -67,7 +67,8 @@ class Observation:
 
     @property
     def samples(self) -> int:
-        """Samples that count, over all ranks."""
+        """Samples that count, over all ranks: rows of the model's first tensor argument; where that is a flat text or
+        its offsets, the bags of `nn.EmbeddingBag`."""
         self._norms.settle()
         return self._norms.samples
 
@@ -260,6 +261,7 @@ class observe:
         self._streams = self._sketches is not None or not names  # nothing of a batch is kept once it is over
         self._batches = self.seen._batches
         self._multiplying = False
+        self._calls: list[tuple[_Batch, FlatTexts | None]] = []  # forward passes under way
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Observation:
@@ -314,6 +316,7 @@ class observe:
         consumers = {name for site in self._targets for name in site.consumers}
         watched = producers | consumers | (set(self.sites.layers) if self._nagn else set())
         self._hook(self.model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True))
+        self._hook(self.model.register_forward_hook(self._end, always_call=True))
         functional: dict[str, tuple[nn.Module, str]] = {}
         calls = self.sites.graph.calls if self.sites.graph is not None else ()
         weights = {call.name: call.weight for call in calls if call.bare}
@@ -344,7 +347,20 @@ class observe:
         given = {p: leaf for p, leaf in argument_paths(self.model, args, kwargs) if isinstance(leaf, Tensor)}
         graph = self.sites.graph
         batch.capture.arguments = tuple(given.get(path) for path in graph.trace.paths) if graph is not None else ()
-        batch.capture.samples = next((tensor.shape[0] for tensor in given.values() if tensor.dim()), 1)
+        first = next((tensor for tensor in given.values() if tensor.dim()), None)
+        batch.capture.samples = 1 if first is None else len(first)
+        texts = FlatTexts(len(first)) if first is not None and first.dim() == 1 else None
+        if texts is not None:
+            texts.__enter__()
+        self._calls.append((batch, texts))
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        batch, texts = self._calls.pop()
+        if texts is None:
+            return
+        texts.__exit__(None, None, None)
+        if output is not None and (bags := texts.samples) is not None:  # no output: the forward pass raised
+            batch.capture.samples, batch.capture.flat = bags, True
 
     def _new_batch(self) -> _Batch:
         batch = _Batch(pieces=Pieces() if self._sketches is None else self._sketches.begin())

@@ -51,16 +51,25 @@ class ActivationRanks:
     def ranks(self, epsilon: float, replicas: Replicas | None = None) -> dict[str, float]:
         """Site name -> ``|{sigma_i(H / sqrt(n)) > epsilon}|``, in channels; over all ranks of `replicas`."""
         found: dict[str, float] = {}
-        for site in self.sites:
-            if site.name not in self._grams:
+        counts = torch.tensor([self._samples.get(site.name, 0) for site in self.sites])
+        if replicas is not None:
+            counts = replicas.sum(counts)
+        for site, samples in zip(self.sites, counts.tolist(), strict=True):
+            if not samples:
                 raise GrowthError(f"where.NORTH: no activation of site {site.name!r} was seen: its consumer never ran")
-            gram, samples = self._grams[site.name], self._samples[site.name]
+            gram = self._grams.get(site.name)
             if replicas is not None:
-                gram, samples = replicas.sum(gram), int(replicas.sum(torch.tensor(samples)))
+                # A rank whose consumer never ran adds zero: every rank makes the same calls.
+                gram = replicas.sum(self._no_gram(site, replicas.device) if gram is None else gram)
+            assert gram is not None
             if not bool(gram.isfinite().all()):
                 raise GrowthError(f"site {site.name!r}: its activations hold NaN or infinity; wanted finite values")
             found[site.name] = site.step * int((torch.linalg.eigvalsh(gram / samples) > epsilon**2).sum())
         return found
+
+    def _no_gram(self, site: Site, device: torch.device) -> Tensor:
+        units = len(self._consumer(site)[1])
+        return torch.zeros(units, units, dtype=torch.float64, device=device)
 
     def _consumer(self, site: Site) -> tuple[nn.Module, Tensor]:
         for name in site.consumers:

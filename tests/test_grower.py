@@ -174,6 +174,71 @@ def test_state_goes_on_where_it_stood() -> None:
     assert not other.armed
 
 
+def test_a_measurement_waits_for_its_growth_when_a_step_is_left_out() -> None:
+    """A GradScaler skips a step, its batch was observed all the same: what was measured is not thrown away."""
+    grower, model, x, y = setup(when=fg.when.Every(5, times=1), batches=3)
+    seen: list[int] = []
+    _grow = grower._grow
+
+    def growing(closure: Any) -> Any:
+        seen.append(grower._seen.samples)  # type: ignore[union-attr]
+        return _grow(closure)
+
+    grower._grow = growing  # type: ignore[method-assign]
+    run(grower, model, x, y, 2)
+    with grower.observe():
+        F.cross_entropy(model(x), y).backward()
+    assert run(grower, model, x, y, 3) == [5]
+    assert seen == [3 * len(x)]
+
+
+def before_batches(state: dict[str, Any]) -> dict[str, Any]:
+    """The state as it was saved before the Grower knew `batches` and measured gains."""
+    old = {name: value for name, value in state.items() if name not in ("due", "asked")}
+    measured = ("measured_gain", "loss_change")
+    old["history"] = [
+        {
+            **{name: value for name, value in report.items() if name not in measured},
+            "sites": [{name: v for name, v in site.items() if name not in measured} for site in report["sites"]],
+        }
+        for report in state["history"]
+    ]
+    return {**old, "armed": bool(state["due"])}
+
+
+def test_a_state_from_before_batches_is_read_exactly() -> None:
+    grower, model, x, y = setup(when=fg.when.Every(3, times=2))
+    for _ in range(8):
+        other, *_ = setup(when=fg.when.Every(3, times=2))
+        other.load_state_dict(before_batches(grower.state_dict()))
+        assert other.state_dict() == grower.state_dict()
+        run(grower, model, x, y, 1)
+    assert [report.step for report in grower.history] == [3, 6]
+
+
+def test_what_a_metric_had_armed_before_batches_grows_on_the_next_step() -> None:
+    grower, model, x, y = setup(when=fg.when.Plateau(window=1, min_gain=3e-3, stop_gain=0.0))
+    run(grower, model, x, y, 2)
+    grower.step(metric=0.5)
+    grower.step(metric=0.5)
+    other, model, x, y = setup(when=fg.when.Plateau(window=1, min_gain=3e-3, stop_gain=0.0))
+    other.load_state_dict(before_batches(grower.state_dict()))
+    assert run(other, model, x, y, 3) == [3]
+
+
+def test_a_state_that_is_refused_changes_nothing() -> None:
+    grower, model, x, y = setup(when=fg.when.Every(2), where=fg.where.Everywhere(units=1))
+    run(grower, model, x, y, 5)
+    other, *_ = setup(when=fg.when.Every(2), where=fg.where.RoundRobin(units=1))
+    before = other.state_dict()
+    with pytest.raises(fg.GrowthError, match="where.RoundRobin"):
+        other.load_state_dict(grower.state_dict())
+    lacking = {name: value for name, value in grower.state_dict().items() if name not in ("due", "when")}
+    with pytest.raises(fg.GrowthError, match="the state lacks due, when"):
+        other.load_state_dict(lacking)
+    assert other.state_dict() == before
+
+
 def test_what_it_needs_is_said() -> None:
     model = nn.Sequential(nn.Linear(3, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

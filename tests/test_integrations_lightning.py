@@ -119,6 +119,39 @@ def test_mixed_precision_scales_are_divided_out(tmp_path: Path) -> None:
             assert other.predicted_gain == pytest.approx(site.predicted_gain, rel=0.1)
 
 
+@pytest.mark.parametrize("growth", ["exact", "sketch"])
+def test_gradients_of_several_batches_as_in_a_loop_of_ones_own(growth: str, tmp_path: Path) -> None:
+    """Bit for bit what the Grower does; two micro-batches to a step."""
+    options: dict[str, Any] = {"batches": 3, "growth": growth}
+    lit, callback = Lit(), growing(example_inputs=X[:4], **options)
+    trainer(tmp_path, callback, accumulate_grad_batches=2).fit(lit, loader(2))
+    own = Lit()
+    (optimizer,), (scheduler,) = own.configure_optimizers()
+    grower = fg.Grower(
+        own,
+        optimizer,
+        example_inputs=X[:4],
+        when=fg.when.Every(2, times=2),
+        where=fg.where.Everywhere(units=2),
+        accumulation=2,
+        loss_scale=0.5,
+        **options,
+    )
+    batches = list(loader(2))
+    for step in range(6):
+        for at in (2 * step, 2 * step + 1):
+            with grower.observe():
+                (own.training_step(batches[at % len(batches)], 0) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        grower.step()
+        if step % 4 == 3:
+            scheduler.step()
+    assert [report.step for report in callback.grower.history] == [2, 4]
+    for one, two in zip(lit.parameters(), own.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
 def test_a_resumed_fit_continues_bit_for_bit(tmp_path: Path) -> None:
     def made() -> GrowCallback:
         return GrowCallback(when=fg.when.Every(3, times=2), where=fg.where.Everywhere(units=2), example_inputs=X[:4])
@@ -157,6 +190,10 @@ def test_what_cannot_be_done_is_named(tmp_path: Path) -> None:
         def training_step(self, batch: Any, index: int) -> Tensor:
             return F.cross_entropy(self.net(batch[0]), batch[1])
 
+    with pytest.raises(fg.GrowthError, match="GrowCallback: batches=0"):
+        growing(batches=0)
+    with pytest.raises(fg.GrowthError, match="GrowCallback: growth='sum'"):
+        growing(growth="sum")
     with pytest.raises(fg.GrowthError, match=r"training_step did not call 'Part'; give module="):
         trainer(tmp_path, growing()).fit(Part(), loader())
 

@@ -166,6 +166,34 @@ def test_accumulation_metrics_and_bf16(tmp_path: Path) -> None:
         run.evaluate()
 
 
+@pytest.mark.parametrize("growth", ["exact", "sketch"])
+def test_gradients_of_several_batches(growth: str, tmp_path: Path) -> None:
+    """At rest, two steps of two micro-batches are the whole data set: growth follows its gradient."""
+    grown = []
+    for batches in (2, 1):
+        model = bert()
+        callback = GrowCallback(
+            when=fg.when.Every(2, times=1),
+            where=fg.where.Everywhere(units=2),
+            sites=in_blocks(model),
+            batches=batches,
+            growth=growth,  # type: ignore[arg-type]
+        )
+        options = {"max_steps": 2, "gradient_accumulation_steps": 2, "learning_rate": 0.0}
+        trainer(model, tmp_path, callback, **options).train()
+        assert [report.step for report in callback.grower.history] == [2]
+        grown.append(model.bert.encoder.layer[0].output.dense.weight.detach()[:, 32:])
+    model = bert()
+    units = {site.name: 2 for site in in_blocks(model)}
+    fg.grow(
+        model, units, sites=in_blocks(model), closure=lambda: nn.functional.cross_entropy(model(IDS).logits, LABELS)
+    )
+    expected = model.bert.encoder.layer[0].output.dense.weight.detach()[:, 32:]
+    found, alone = (nn.functional.cosine_similarity(one, expected, dim=0).abs() for one in grown)
+    assert found.min() > 0.999
+    assert alone.min() < 0.99
+
+
 def test_a_resumed_run_continues_bit_for_bit(tmp_path: Path) -> None:
     def made(model: nn.Module) -> GrowCallback:
         return GrowCallback(when=fg.when.Every(2, times=2), where=fg.where.Everywhere(units=4), sites=in_blocks(model))

@@ -6,11 +6,12 @@ import contextlib
 import importlib
 import importlib.util
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from ..arguments import choice, whole
 from ..checkpoint import plain, rebuild, structure_of
 from ..errors import GrowthError
 from ..grower import Grower
@@ -38,10 +39,11 @@ class GrowCallback(library.Callback):
         Trainer(callbacks=[growth]).fit(lit, loader)
         growth.grower.history
 
-    when, where, how, sites, also: as in `fastgrow.Grower`. module: the name of the part that grows and that
-    ``training_step`` calls; by default the LightningModule itself. example_inputs, include, exclude: what finds
-    the sites, as in `fastgrow.find_sites`; by default ``example_input_array``, or the inputs of the first batch
-    (growth then cannot come on the first step). monitor: the name of a logged validation metric that feeds the policy.
+    when, where, how, sites, also, batches, growth: as in `fastgrow.Grower` (batches: optimizer steps, each with all of
+    its micro-batches). module: the name of the part that grows and that ``training_step`` calls; by default the
+    LightningModule itself. example_inputs, include, exclude: what finds the sites, as in `fastgrow.find_sites`; by
+    default ``example_input_array``, or the inputs of the first batch (growth then cannot come on the first step).
+    monitor: the name of a logged validation metric that feeds the policy.
 
     Lightning's checkpoints hold the grown widths and the Grower's state under "fastgrow"; a fit that is resumed
     from one (``ckpt_path=``) with a freshly built module widens it before its weights are loaded.
@@ -60,12 +62,16 @@ class GrowCallback(library.Callback):
         include: str | Iterable[str] | None = None,
         exclude: str | Iterable[str] | None = None,
         also: Iterable[nn.Module] = (),
+        batches: int = 1,
+        growth: Literal["exact", "sketch"] = "exact",
         monitor: str | None = None,
     ) -> None:
         self.grower: Grower | None = None
         self.module = module
         self.monitor = monitor
-        self._policies: dict[str, Any] = {"when": when, "where": where, "how": how, "also": list(also)}
+        self._options: dict[str, Any] = {"when": when, "where": where, "how": how, "also": list(also)}
+        self._options["batches"] = whole("GrowCallback", "batches", batches)
+        self._options["growth"] = choice("GrowCallback", "growth", growth, ("exact", "sketch"))
         self._sites, self._inputs = sites, example_inputs
         self._patterns = {"include": include, "exclude": exclude}
         self._saved: dict[str, Any] | None = None
@@ -115,7 +121,7 @@ class GrowCallback(library.Callback):
             self._model(pl_module),
             trainer.optimizers,
             sites=sites,
-            **self._policies,
+            **self._options,
             accumulation=trainer.accumulate_grad_batches,
             loss_scale=loss_scale(scaler, trainer.accumulate_grad_batches),
         )

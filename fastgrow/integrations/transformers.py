@@ -6,11 +6,12 @@ import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from ..arguments import choice, whole
 from ..checkpoint import load, save
 from ..errors import GrowthError
 from ..grower import Grower
@@ -35,9 +36,9 @@ class GrowCallback(TrainerCallback):
         Trainer(model, args, train_dataset=data, callbacks=[growth]).train()
         growth.grower.history
 
-    when, where, how, sites, also: as in `fastgrow.Grower`. example_inputs, include, exclude: what finds the
-    sites, as in `fastgrow.find_sites`; by default the inputs of the first batch, labels left out (growth then
-    cannot come on the first step).
+    when, where, how, sites, also, batches, growth: as in `fastgrow.Grower` (batches: optimizer steps, each with all of
+    its micro-batches). example_inputs, include, exclude: what finds the sites, as in `fastgrow.find_sites`; by
+    default the inputs of the first batch, labels left out (growth then cannot come on the first step).
     metric: the name of an evaluation metric that feeds the policy, "eval_loss" for instance.
 
     A model's config follows its growth where it can say the widths (`follow_config`). Every checkpoint of
@@ -60,11 +61,15 @@ class GrowCallback(TrainerCallback):
         include: str | Iterable[str] | None = None,
         exclude: str | Iterable[str] | None = None,
         also: Iterable[nn.Module] = (),
+        batches: int = 1,
+        growth: Literal["exact", "sketch"] = "exact",
         metric: str | None = None,
     ) -> None:
         self.grower: Grower | None = None
         self.metric = metric
-        self._policies: dict[str, Any] = {"when": when, "where": where, "how": how, "also": list(also)}
+        self._options: dict[str, Any] = {"when": when, "where": where, "how": how, "also": list(also)}
+        self._options["batches"] = whole("GrowCallback", "batches", batches)
+        self._options["growth"] = choice("GrowCallback", "growth", growth, ("exact", "sketch"))
         self._sites, self._inputs = sites, example_inputs
         self._patterns = {"include": include, "exclude": exclude}
         self._saved: Path | None = None
@@ -91,7 +96,7 @@ class GrowCallback(TrainerCallback):
             model,
             optimizer,
             sites=self._sites if self._sites is not None else find_sites(model, self._inputs, **self._patterns),
-            **self._policies,
+            **self._options,
             accumulation=self._accumulation,
             loss_scale=loss_scale(getattr(optimizer, "scaler", None), self._accumulation),
         )
