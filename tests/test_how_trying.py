@@ -112,9 +112,9 @@ def test_firefly_lowers_the_loss_over_the_new_weights_alone() -> None:
         assert torch.equal(model[2].weight[:, :3], old[2].weight)
         torch.testing.assert_close(model[2].weight[:, 3:].norm(dim=0).detach(), torch.full((2,), 1e-2).double())
         norm = 0.5 * float(old[0].weight.norm(dim=1).mean())
-        torch.testing.assert_close(
-            model[0].weight[3:].norm(dim=1).detach(), torch.full((2,), norm).double(), rtol=1e-6, atol=0
-        )
+        incoming = torch.cat([model[0].weight[3:], model[0].bias[3:, None]], 1).detach()  # biases count
+        torch.testing.assert_close(incoming.norm(dim=1), torch.full((2,), norm).double(), rtol=1e-6, atol=0)
+        assert bool((incoming[:, -1] != 0).all())
     assert changes[40] < changes[1]
     assert changes[40] < 0
 

@@ -23,8 +23,9 @@ class Firefly(How):
     """New units are tried in the network and trained alone, by Adam on the loss, before they are added.
 
     variant="opt": Firefly-Opt of the GradMax paper (section 4.2): incoming, outgoing weights and biases of the new
-    units take `steps` of Adam on the loss; after each, incoming vectors are scaled back to norm `scale` times the mean
-    norm of the present units' incoming weights, outgoing ones to norm epsilon.
+    units take `steps` of Adam on the loss; after each, incoming vectors, with their biases, are scaled back to norm
+    `scale` times the mean norm of the present units' incoming weights, outgoing ones to norm epsilon. (Biases left free
+    grow until the new units' first step throws the training off course.)
     variant="full": the candidates are a split of every present unit, ``theta +- delta`` with half its outgoing weights
     each, and ``extra * units`` new ones (rounded up). All deltas (norm at most split_epsilon times the mean norm of the
     incoming weights) and new weights are trained together as above; then each candidate is judged by the decrease of
@@ -259,7 +260,11 @@ class _Tried:
             size = (second / (1 - 0.999**step)).sqrt() + torch.finfo(slope.dtype).tiny
             moved = getattr(self, name) - rate * sizes[name] / (1 - 0.9**step) * first / size
             setattr(self, name, moved)
-        self.incoming = _scaled(self.incoming, limits.incoming_norm)
+        whole = self.incoming if self.bias is None else torch.cat([self.incoming, self.bias])
+        whole = _scaled(whole, limits.incoming_norm)
+        if self.bias is not None:
+            whole, self.bias = whole.split([len(self.incoming), len(self.bias)])
+        self.incoming = whole
         self.outgoing = _scaled(self.outgoing, limits.outgoing_norm)
         self.delta = self.delta * (limits.split_norm / self.delta.norm(dim=0).clamp(min=limits.split_norm))
 
