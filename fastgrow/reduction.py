@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +10,16 @@ from torch import Tensor
 
 from .operators import DenseMap, LinearMap
 
-__all__ = ["HOST_CORE", "Reduced", "by_gram_of_factors", "formed", "reduced", "start_block"]
+__all__ = ["HOST_CORE", "HOST_EIGH", "Reduced", "formed", "reduced", "reduction_cost", "start_block"]
 
 HOST_CORE = 256  # cores up to this are decomposed in float64 on the host
+_SMALL_CORE = 64  # those up to this wholly
+# Cost of an n x n decomposition in units of n^3 flops of a product on the same device: eigh, svd.
+# Measured on a CPU; the other line counts what sequential panels cost a device made for products.
+_DECOMPOSITION = {"cpu": (30.0, 60.0)}
+_DECOMPOSITION_ELSEWHERE = (300.0, 1500.0)
+HOST_EIGH = 60.0  # the same for a float64 eigh on the host
+_HOST_SVD = 200.0
 
 
 @dataclass
@@ -40,14 +48,15 @@ def reduced(given: LinearMap, k: int, width: int, method: str) -> tuple[LinearMa
     method: "svd" (whole), "gram" (by eigenvectors of the smaller Gram matrix, ``width`` >= k of them), "auto": from
     factors where the map has any, small matrices whole, else by Gram.
     """
+    few = method == "auto" and _few_of_many(given, min(given.shape), width)
     if method == "auto":
         factors = given.unit_factors()
         if factors is not None:
             return given, _by_factors(*factors, given, k, width)
     given = formed(given)
     matrix, side = given.unit_dense(), min(given.shape)  # (m, n)
-    if method == "gram" or (method == "auto" and side > HOST_CORE):
-        return given, _by_gram(matrix, width)
+    if method == "gram" or (method == "auto" and (few or side > HOST_CORE)):
+        return given, _by_gram(matrix.double() if few and side <= HOST_CORE else matrix, width)
     if side > HOST_CORE:
         return given, Reduced(None, matrix, None)
     matrix = matrix.double()
@@ -60,16 +69,42 @@ def reduced(given: LinearMap, k: int, width: int, method: str) -> tuple[LinearMa
     return given, Reduced(None, matrix, None)
 
 
-def by_gram_of_factors(rank: int, width: int) -> bool:
-    """Whether so few of so many directions are wanted that eigenvectors cost less than an SVD of all."""
-    return rank > HOST_CORE and 2 * width <= rank
+def reduction_cost(given: LinearMap, width: int) -> float:
+    """Flops of `reduced` with "auto", in units of those of a product on the map's device."""
+    rank, side, length = given.rank_bound, min(given.shape), sum(given.shape)
+    eigh, svd = _DECOMPOSITION.get(given.device.type, _DECOMPOSITION_ELSEWHERE)
+    by_factors = math.inf
+    if rank < side and _few_of_many(given, rank, width):
+        wide = rank <= HOST_CORE
+        grams = (4.0 if wide else 2.0) * length * rank**2
+        by_factors = grams + 8.0 * length * rank * width + (HOST_EIGH if wide else eigh) * rank**3
+    elif rank < side:
+        by_factors = 8.0 * length * rank**2 + (_HOST_SVD if rank <= HOST_CORE else svd) * rank**3
+    if side > HOST_CORE:
+        whole = 2.0 * side * side * max(given.shape) + eigh * side**3
+    elif _few_of_many(given, side, width):
+        whole = 4.0 * side * side * max(given.shape) + HOST_EIGH * side**3
+    else:
+        whole = 8.0 * side * side * max(given.shape) + _HOST_SVD * side**3
+    return min(by_factors, given.dense_flops + whole)
+
+
+def _few_of_many(given: LinearMap, rank: int, width: int) -> bool:
+    """Whether so few of so many directions are wanted that eigenvectors cost less than an SVD of all.
+
+    Those of a Gram matrix in float64 are as exact as float32 tensors; beyond the host's sizes nothing else would end.
+    """
+    if 2 * width > rank:
+        return False
+    return rank > HOST_CORE or (rank > _SMALL_CORE and given.dtype == torch.float32 and given.device.type == "cpu")
 
 
 def _by_factors(left: Tensor, right: Tensor, given: LinearMap, k: int, width: int) -> Reduced:
     """From ``U = L R^T``; where the rank is below k, further columns complete the bases, with value 0."""
     rank = left.shape[1]
-    if by_gram_of_factors(rank, width):
-        return _by_gram_of_factors(left, right, width)
+    if _few_of_many(given, rank, width):
+        wide = rank <= HOST_CORE
+        return _by_gram_of_factors(left.double() if wide else left, right.double() if wide else right, width)
     spare = max(0, k - rank)
     (q_left, r_left), (q_right, r_right) = (
         torch.linalg.qr(torch.cat([f, start_block(f.shape[0], spare, given)], dim=1)) for f in (left, right)

@@ -20,7 +20,7 @@ from .cores import fixed_signs, svd_of_cores, to_host
 from .errors import GrowthError
 from .foresight import foreseen, foreseen_cost
 from .operators import DenseMap, LinearMap, full_precision, scale_by_power
-from .reduction import HOST_CORE, Reduced, by_gram_of_factors, formed, reduced, start_block
+from .reduction import HOST_CORE, HOST_EIGH, Reduced, formed, reduced, reduction_cost, start_block
 
 __all__ = ["Directions", "Method", "solve", "top_directions"]
 
@@ -30,12 +30,7 @@ _SPARE = 8  # columns beyond k: the k-th direction converges by the gap to the (
 _SMALL_SIDE = 64  # matrices with a side up to this are solved exactly, in float64
 _SAFE_PIVOT = 1e-3  # CholeskyQR loses (1/pivot)^2 ulps; below this Householder takes over
 _TYPICAL_ROUNDS = 3  # of block Krylov on gradients of networks, for choosing a route before it runs
-# Cost of an n x n decomposition in units of n^3 flops of a product on the same device: eigh, svd.
-# Measured on a CPU; the other line counts what sequential panels cost a device made for products.
-_DECOMPOSITION = {"cpu": (12.0, 23.0)}
-_DECOMPOSITION_ELSEWHERE = (300.0, 1500.0)
-_HOST_EIGH = 30.0  # the same for a small float64 eigh on the host
-_HOST_SVD = 80.0
+_ROUND = 1e8  # what the host does in a round, of whatever size, in flops of a product on a CPU
 _NORM_ERROR = 1e-5  # relative error allowed to a squared Frobenius norm summed in float32
 
 
@@ -148,24 +143,12 @@ class _Problem:
         """Flops of a Krylov round that ends with this many basis columns."""
         rows, cols = self.map.shape
         algebra = 3.0 * (8.0 * rows + 4.0 * cols) * basis * self.width  # float64, and in thin pieces
-        return 2.0 * self.width * self.map.column_flops + algebra + _HOST_EIGH * basis**3
+        host = HOST_EIGH * basis**3 + (_ROUND if self.map.device.type == "cpu" else 0.0)
+        return 2.0 * self.width * self.map.column_flops + algebra + host
 
     def exact_cost(self) -> float:
         """Flops of `reduce` with "auto"."""
-        rank, side, length = self.map.rank_bound, self.side, max(self.map.shape)
-        eigh, svd = _decomposition_cost(self.map.device)
-        if rank < side and by_gram_of_factors(rank, self.width):
-            by_factors = sum(self.map.shape) * rank * (2.0 * rank + 8.0 * self.width) + (eigh + 6.0) * rank**3
-        elif rank < side:
-            inner = _HOST_SVD if rank <= HOST_CORE else svd
-            by_factors = 8.0 * sum(self.map.shape) * rank**2 + inner * rank**3
-        else:
-            by_factors = math.inf
-        return min(by_factors, self.map.dense_flops + 2.0 * side * side * length + eigh * side**3)
-
-
-def _decomposition_cost(device: torch.device) -> tuple[float, float]:
-    return _DECOMPOSITION.get(device.type, _DECOMPOSITION_ELSEWHERE)
+        return reduction_cost(self.map, self.width)
 
 
 def _as_map(matrix: LinearMap | Tensor, label: str) -> LinearMap:
@@ -305,7 +288,7 @@ class _Krylov:
 
     def _look_is_cheap(self, basis: int) -> bool:
         """Beside the product that it may spare."""
-        cost = _HOST_EIGH * basis**3 + foreseen_cost(basis, self.width)
+        cost = HOST_EIGH * basis**3 + foreseen_cost(basis, self.width)
         return 2 * cost < self.width * self.map.column_flops
 
     def judge(self, gram: Tensor) -> None:
