@@ -28,8 +28,123 @@ def batches_of(count: int) -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(3 + n % 3, 2, 8, 6), torch.randint(3, (3 + n % 3,))) for n in range(count)]
 
 
+def grower_of(model: nn.Module, x: Tensor, **options: Any) -> fg.Grower:
+    options.setdefault("where", fg.where.Everywhere(units=1))
+    return fg.Grower(model, torch.optim.SGD(model.parameters(), lr=0.0), example_inputs=x, **options)
+
+
 def watched(model: nn.Module) -> bool:
     return any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def steps_of(grower: fg.Grower, data: list[tuple[Tensor, Tensor]], parts: int = 1) -> list[bool]:
+    """Whether each step's observation set hooks; stops after the first growth."""
+    hooked = []
+    for x, y in data:
+        seen = []
+        for xs, ys in zip(x.chunk(parts), y.chunk(parts), strict=True):
+            with grower.observe():
+                output = grower.model(xs)
+                F.cross_entropy(output, ys).backward()
+                seen.append(watched(grower.model))
+        assert len(set(seen)) == 1
+        hooked.append(seen[0])
+        if grower.step() is not None:
+            break
+    assert not watched(grower.model)
+    return hooked
+
+
+# -- every ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("growth", ["exact", "sketch"])
+def test_a_measurement_is_the_mean_over_its_steps_and_the_others_carry_no_hook(every: int, growth: Any) -> None:
+    torch.manual_seed(0)
+    model = Residual().eval().double()  # batch statistics stay put: both ways see the same network
+    reference = copy.deepcopy(model)
+    data = [(x.double(), y) for x, y in batches_of(10)]
+    grower = grower_of(
+        model, data[0][0], when=fg.when.Milestones([9]), batches=3, every=every, growth=growth, where=fg.where.NAGN(0.0)
+    )
+    hooked = steps_of(grower, data)
+    measured = [9 - 2 * every, 9 - every, 9]
+    assert [step for step, was in enumerate(hooked, 1) if was] == measured
+    (report,) = grower.history
+    assert report.step == 9
+
+    with fg.observe(reference, grower.sites, growth=False) as seen:
+        for step in measured:
+            x, y = data[step - 1]
+            F.cross_entropy(reference(x), y).backward()
+    for name, values in (("nagn", seen.nagn), ("nagn_after_norm", seen.nagn_after_norm)):
+        assert report.evidence[name] == pytest.approx(values, rel=1e-12)
+
+
+def test_directions_too_are_those_of_the_measured_steps() -> None:
+    torch.manual_seed(0)
+    model = Residual().eval().double()
+    reference = copy.deepcopy(model)
+    data = [(x.double(), y) for x, y in batches_of(5)]
+    grower = grower_of(model, data[0][0], when=fg.when.Milestones([5]), batches=3, every=2)
+    steps_of(grower, data)
+    with fg.observe(reference, grower.sites, rank=1) as seen:
+        for x, y in data[::2]:
+            F.cross_entropy(reference(x), y).backward()
+    units = {site.name: 1 for site in grower.history[0].sites}
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.0)
+    fg.grow(reference, units, grower.how, sites=grower.sites, optimizer=optimizer, seen=seen)
+    for grown, wanted in zip(model.parameters(), reference.parameters(), strict=True):
+        assert_close(grown, wanted, torch.float64, 1 << 20)
+
+
+def test_every_micro_batch_of_a_measured_step_is_measured() -> None:
+    data = [(torch.randn(4, 2, 8, 6), torch.randint(3, (4,))) for _ in range(8)]
+    grower = grower_of(Residual(), data[0][0], when=fg.when.Milestones([6]), batches=2, every=3, accumulation=2)
+    assert steps_of(grower, data, parts=2) == [False, False, True, False, False, True]
+    assert grower.history[0].step == 6
+
+
+def test_a_metric_starts_a_span_that_ends_with_a_measured_step() -> None:
+    data = batches_of(8)
+    when = fg.when.Plateau(window=1, stop_gain=0.0)
+    grower = grower_of(Residual(), data[0][0], when=when, batches=2, every=3)
+    grower.step(metric=0.5)
+    grower.step(metric=0.5)
+    assert grower.armed
+    assert steps_of(grower, data) == [True, False, False, True]
+
+
+def test_a_growth_foreseen_too_late_for_the_whole_span_measures_what_is_left() -> None:
+    data = batches_of(4)
+    grower = grower_of(Residual(), data[0][0], when=fg.when.Milestones([4]), batches=3, every=3)
+    assert steps_of(grower, data) == [True, False, False, True]
+
+
+def test_a_resumed_run_measures_the_same_steps() -> None:
+    data = batches_of(9)
+    options: dict[str, Any] = {"batches": 3, "every": 3}
+    first = grower_of(Residual(), data[0][0], when=fg.when.Milestones([9]), **options)
+    before = steps_of(first, data[:4])
+    second = grower_of(Residual(), data[0][0], when=fg.when.Milestones([9]), **options)
+    second.load_state_dict(first.state_dict())
+    after = steps_of(second, data[4:])
+    assert before + after == [False, False, True, False, False, True, False, False, True]
+    assert second.history[0].step == 9
+
+
+def test_a_gain_is_measured_over_its_span() -> None:
+    data = batches_of(6)
+    grower = grower_of(Residual(), data[0][0], when=fg.when.Gain(0.0, every=3), batches=2, every=2)
+    assert steps_of(grower, data) == [True, False, True]
+    assert grower.history[0].step == 3
+
+
+@pytest.mark.parametrize("every", [0, 2.0, True])
+def test_every_is_a_whole_number(every: Any) -> None:
+    with pytest.raises(fg.GrowthError, match=r"every=.*integer of at least 1"):
+        grower_of(Residual(), batches_of(1)[0][0], when=fg.when.Every(4), every=every)
 
 
 # -- one place --------------------------------------------------------------------------------------
