@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import nn
@@ -32,21 +33,27 @@ def _case(settings: Settings, case: Case) -> Iterator[Row]:
     watching: dict[str, Callable[[nn.Module], AbstractContextManager[object]]] = {
         "off": lambda model: nullcontext(),
         "on": lambda model: fg.observe(model, sites, nagn=True, growth=False),
+        "one place": lambda model: fg.observe(model, sites, nagn="after_norm", growth=False),
         "naive": lambda model: naive.gradient_norms(model, norms),
     }
     variants = {name: _training(case, model, watch) for name, watch in watching.items()}
     timings = compare(variants, settings.device, settings.times(21), warmup=2)
-    peak = peak_bytes(lambda: variants["on"].run(None), settings.device)
+    peaks = {name: peak_bytes(partial(variants[name].run, None), settings.device) for name in ("on", "one place")}
     shape = f"{case.name}, {len(sites.layers)} layers"
-    for label, baseline in (("off", "training step without"), ("naive", "step with .norm().item()")):
-        median, low, high = paired_ratio(timings["on"], timings[label])
+    comparisons = [
+        ("NAGN", "on", "off", "training step without"),
+        ("NAGN", "on", "naive", "step with .norm().item()"),
+        ("NAGN after the norm alone", "one place", "off", "training step without"),
+    ]
+    for benchmark, ours, label, baseline in comparisons:
+        median, low, high = paired_ratio(timings[ours], timings[label])
         yield settings.row(
-            "NAGN",
+            benchmark,
             shape,
             baseline,
-            timings["on"],
+            timings[ours],
             timings[label],
-            peak=peak,
+            peak=peaks[ours],
             paired_ratio=median,
             low=low,
             high=high,

@@ -47,13 +47,16 @@ class Grower:
         grower.step(metric=accuracy)  # at the end of an epoch, for policies that read one
 
     A trigger arms; the next `batches` steps are measured; the `step` after them grows. Triggers that can be foreseen
-    arm so many steps ahead, so that growth comes on the very step. Unarmed, `observe` costs nothing.
+    arm so many steps ahead, so that growth comes on the very step. Unarmed, `observe` costs nothing, and neither does
+    it on the steps between the measured ones (`every`): no hook is set.
 
     optimizer: one or a list. sites: as found by `find_sites`, or example_inputs to find them with.
     also: EMA copies that must follow. accumulation: `observe` blocks (micro-batches) per step.
     batches: steps whose gradients are averaged for a growth, each at the weights of its own step; fewer before a
-    growth that is foreseen earlier, and one batch where a `closure` measures. growth: "exact" keeps the tensors of
-    all of them until it solves, "sketch" none (`observe`: approximate, for many batches).
+    growth that is foreseen earlier, and one batch where a `closure` measures. every: they lie so many steps apart,
+    counted back from the growth, whose own step is measured whatever `every` is; norms and growth matrices are the
+    means over the measured steps. growth: "exact" keeps the tensors of all of them until it solves, "sketch" none
+    (`observe`: approximate, for many batches).
     loss_reduction, loss_scale: as in `observe` (loss_scale: the GradScaler, where there is one).
     measure_gain: every report carries the decrease of the loss that the new units' first step brings, beside the
     predicted one (`GrowthReport.measured_gain`); growth then needs ``step(closure=...)``, and takes 3 calls of the
@@ -76,6 +79,7 @@ class Grower:
         also: Iterable[nn.Module] = (),
         accumulation: int = 1,
         batches: int = 1,
+        every: int = 1,
         growth: Literal["exact", "sketch"] = "exact",
         loss_reduction: str = "mean",
         loss_scale: Any = 1.0,
@@ -97,6 +101,7 @@ class Grower:
         self.also = list(also)
         self.accumulation = whole("Grower", "accumulation", accumulation)
         self.batches = whole("Grower", "batches", batches)
+        self.every = whole("Grower", "every", every)
         self.growth = choice("Grower", "growth", growth, ("exact", "sketch"))
         self.measure_gain = bool(measure_gain)
         self.history: list[GrowthReport] = []
@@ -108,12 +113,17 @@ class Grower:
         self._seen: Observation | None = None
         self._watching: Observer | None = None
         self._ranks: ActivationRanks | None = None
-        self._blocks = self._wanted = 0  # seen by the present observer, and how many make a measurement
+        self._blocks = self._wanted = 0  # seen since the measurement began, and how many it lasts
         self._for_gain = False
         self._observe_seconds = 0.0
         if self.growth == "sketch":
             self._observer(self._needs())  # refuses by name what cannot be sketched, before training begins
         self._arm_ahead()
+
+    @property
+    def _span(self) -> int:
+        """Steps from the first that is measured to the last."""
+        return (self.batches - 1) * self.every + 1
 
     @property
     def armed(self) -> bool:
@@ -123,7 +133,7 @@ class Grower:
     # -- when -----------------------------------------------------------------------------------------
 
     def _arm_ahead(self) -> None:
-        for step in range(self._asked + 1, self.steps + self.batches + 1):
+        for step in range(self._asked + 1, self.steps + self._span + 1):
             if self.when.coming(step):
                 self._due.append(step)
             self._asked = step
@@ -147,7 +157,7 @@ class Grower:
 
     @contextlib.contextmanager
     def observe(self) -> Iterator[None]:
-        """Around the forward and backward pass of one micro-batch: measures where a growth is armed."""
+        """Around the forward and backward pass of one micro-batch: measures where a growth is armed, and its turn."""
         if self._watching is None and not self._begin():
             yield
             return
@@ -155,6 +165,9 @@ class Grower:
         assert watching is not None
         self._blocks += 1
         last = self._blocks >= self._wanted
+        if (self._wanted - self._blocks) // self.accumulation % self.every:  # steps that come before the growth
+            yield
+            return
         started = 0.0
         try:
             with watching.block(last) as seen, self._watching_ranks():
@@ -174,7 +187,7 @@ class Grower:
 
     def _begin(self) -> bool:
         """A new observer where something must be measured."""
-        self._for_gain = self.when.measures(self.steps + self.batches)
+        self._for_gain = self.when.measures(self.steps + self._span)
         # What a trigger measures may arm it: then this is all that the growth will have seen.
         needs = self._needs() if self._due or self._for_gain else frozenset()
         if self._for_gain:
@@ -182,7 +195,7 @@ class Grower:
         if not needs or (self._seen is not None and self._due):
             return False
         ahead = self._due[0] - self.steps if self._due else 0
-        self._wanted = self.accumulation * (min(ahead, self.batches) if ahead > 0 else self.batches)
+        self._wanted = self.accumulation * (min(ahead, self._span) if ahead > 0 else self._span)
         self._blocks = 0
         self._watching = self._observer(needs)
         self._ranks = ActivationRanks(self.model, self.sites) if "ranks" in needs else None

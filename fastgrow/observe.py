@@ -9,12 +9,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
+from .arguments import choice
 from .cuda_graphs import check_not_captured
 from .distributed import replicas_of, together
 from .errors import GrowthError
@@ -23,6 +24,7 @@ from .names import find_module, find_tensor
 from .nn import attention_opened
 from .readings import NormSums, Readings
 from .replay import Capture
+from .riding import carried_sum, carry, riding
 from .site_sketching import Pieces, SiteSketches, check_version
 from .site_solving import SiteSolving
 from .site_view import Solver
@@ -33,6 +35,12 @@ __all__ = ["Observation", "observe"]
 
 
 _MOST_PENDING = 64  # batches whose readings stay on the device unread
+_PLACES: dict[bool | str, frozenset[str]] = {
+    True: frozenset({"own", "norm"}),
+    False: frozenset(),
+    "own": frozenset({"own"}),
+    "after_norm": frozenset({"norm"}),
+}
 
 
 @dataclass
@@ -42,6 +50,7 @@ class _Batch:
     pieces: Pieces = field(default_factory=Pieces)
     calls: dict[str, int] = field(default_factory=dict)
     edges: list[Any] = field(default_factory=list)
+    unless_norm: dict[str, list[torch.utils.hooks.RemovableHandle]] = field(default_factory=dict)
     closed: bool = False
 
     @property
@@ -57,9 +66,10 @@ class Observation:
     is told by the first property that is read.
     """
 
-    def __init__(self, sites: Sites, norms: NormSums) -> None:
+    def __init__(self, sites: Sites, norms: NormSums, places: frozenset[str]) -> None:
         self.sites = sites
         self._norms = norms
+        self._places = places
         self._directions: dict[str, Directions] | None = None
         self._rank: dict[str, int] = {}
         self._batches: list[_Batch] = []
@@ -83,20 +93,25 @@ class Observation:
         """sqrt(E ||dL/dz_l||^2 / T_l) of every linear and convolution layer, at its own output, in forward order.
 
         L is the loss of one sample, T_l the elements of z_l for one sample (NAGN paper). Reading it
-        synchronises with the device.
+        synchronises with the device. With nagn="after_norm" layers behind which a norm stands are missing.
         """
         return self._read(after=False)
 
     @property
     def nagn_after_norm(self) -> dict[str, float]:
-        """The same, at the output of the normalisation behind the layer (the activation's input)."""
+        """The same, at the output of the normalisation behind the layer (the activation's input).
+
+        With nagn="own" layers behind which a norm stands are missing.
+        """
         return self._read(after=True)
 
     def _read(self, after: bool) -> dict[str, float]:
         norms = self._norms
         norms.settle()
         means = norms.means(norms.own, norms.after) if after else norms.means(norms.own)
-        return {name: means[name] for name in self.sites.layers if name in means}
+        layers = self.sites.layers.values()
+        wanted = {info.name for info in layers if not after or info.norm is None or "norm" in self._places}
+        return {info.name: means[info.name] for info in layers if info.name in means and info.name in wanted}
 
     @property
     def has_directions(self) -> bool:
@@ -182,9 +197,11 @@ class observe:
             criterion(model(x), y).backward()
 
     model: the module that is called; sites: as found by `find_sites`.
-    nagn: read gradient norms of activations. growth: solve growth matrices at the end of the block
-    (True: of every site; or the names of the sites wanted; "sketch": below). rank: directions kept, clipped to the
-    matrix; one number, or one for each site.
+    nagn: read gradient norms of activations; True: of every layer at its own output and behind the norm that follows,
+    "own" or "after_norm": at that place alone, one read a layer instead of two. On a GPU what is read before a
+    ReLU, ReLU6, LeakyReLU or `fg.nn.ReLU` module rides on its backward pass (`riding`), which changes no bit of it.
+    growth: solve growth matrices at the end of the block (True: of every site; or the names of the sites wanted;
+    "sketch": below). rank: directions kept, clipped to the matrix; one number, or one for each site.
     loss_reduction: "mean" or "sum", of the batch loss over samples. loss_scale: a factor that the
     loss was multiplied by, or the GradScaler that did it: divided out of everything that is read.
     bias: count the producers' bias gradients as a column of M. signed: sites whose directions are wanted
@@ -215,7 +232,7 @@ class observe:
         self,
         model: nn.Module,
         sites: Sites,
-        nagn: bool = True,
+        nagn: bool | Literal["own", "after_norm"] = True,
         growth: bool | str | Sequence[str] = True,
         rank: int | Mapping[str, int] = 32,
         *,
@@ -234,7 +251,8 @@ class observe:
         self.model = unwrap(model)
         self.sites = sites
         self._norms = NormSums(loss_reduction == "mean", scaled)
-        self.seen = Observation(sites, self._norms)
+        self._places = _PLACES[choice("observe", "nagn", nagn, tuple(_PLACES))]
+        self.seen = Observation(sites, self._norms, self._places)
         self._replicas = replicas_of(model)
         names = _targets(sites, growth, rank)
         self._targets = [sites[name] for name in names]
@@ -242,7 +260,7 @@ class observe:
         for name in names:
             if self._rank.get(name, 0) < 1:
                 raise GrowthError(f"site {name!r}: rank={self._rank.get(name)} was given; wanted at least 1")
-        self._nagn = nagn
+        self._nagn = bool(nagn)
         self._scale = loss_scale
         self._bias = bias
         self._signed = frozenset(signed)
@@ -312,6 +330,8 @@ class observe:
         if "torch._dynamo" in sys.modules:  # compiled code was traced without the hooks
             self._stack.enter_context(torch.compiler.set_stance("force_eager"))
         self._stack.enter_context(attention_opened(self.model))
+        if self._nagn:
+            self._stack.enter_context(riding(self.model))
         producers = {name for site in self._targets for name in site.producers}
         consumers = {name for site in self._targets for name in site.consumers}
         watched = producers | consumers | (set(self.sites.layers) if self._nagn else set())
@@ -332,7 +352,7 @@ class observe:
                 functional[name] = place
         if functional:
             self._stack.enter_context(FunctionalLayers(functional, producers, consumers, self._saw))
-        if self._nagn:
+        if "norm" in self._places:
             for info in self.sites.layers.values():
                 if info.norm is not None and (norm := find_module(self.model, info.norm)) is not None:
                     self._hook(norm.register_forward_hook(self._norm_watcher(info.name)))
@@ -402,10 +422,10 @@ class observe:
             batch.capture.called.add(key)
 
         def arrived(gradient: Tensor) -> None:
-            gradient = gradient.detach()
             self._measure(batch, "own" if measured else "check", name, number, gradient)
             if not consumes:
                 return
+            gradient = gradient.detach()
             if self._sketches is None:
                 kept = batch.capture.gradients.get(key)
                 batch.capture.gradients[key] = gradient if kept is None else kept + gradient
@@ -414,7 +434,9 @@ class observe:
                 self._arrived(batch, "gradient", key)
 
         if measured or consumes:
-            output.register_hook(arrived)
+            handle = output.register_hook(arrived)
+            if not consumes and "own" not in self._places:
+                batch.unless_norm.setdefault(name, []).append(handle)
         batch.edges.append(torch.autograd.graph.get_gradient_edge(output))
 
     def _arrived(self, batch: _Batch, kind: str, key: tuple[str, int]) -> None:
@@ -432,6 +454,8 @@ class observe:
                 number = batch.calls.get(f"{layer} (norm)", 0)
                 batch.calls[f"{layer} (norm)"] = number + 1
                 output.register_hook(lambda g: self._measure(batch, "norm", layer, number, g))
+                for handle in batch.unless_norm.pop(layer, ()):
+                    handle.remove()
 
         return watch
 
@@ -444,7 +468,11 @@ class observe:
         readings = batch.readings
         if readings.scale is None:
             readings.scale = self._loss_scale(gradient)
-        readings.note(place, name, number, ops.sum_of_squares(gradient), gradient.numel())
+        total = carried_sum(gradient)
+        if total is None:
+            total = ops.sum_of_squares(gradient)
+            carry(gradient, total)  # a residual sum hands the same tensor to both its branches
+        readings.note(place, name, number, total, gradient.numel())
 
     def _loss_scale(self, gradient: Tensor) -> float | Tensor:
         """The scale of the batch whose gradients arrive; from a GradScaler without waiting for the device."""

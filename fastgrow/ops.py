@@ -80,7 +80,8 @@ def sum_of_squares(x: Tensor, *, backend: Backend = "auto") -> Tensor:
     give the same bits. Raises GrowthError for other dtypes or a backend that cannot run.
     """
     x = x.detach()
-    _check_tensors("sum_of_squares", x=x)
+    if x.layout != torch.strided or x.dtype not in _DTYPES:
+        _check_tensors("sum_of_squares", x=x)
     if _use_triton("sum_of_squares", backend, x, float64=True):
         from .kernels.sum_of_squares import sums_of_squares as launch
 

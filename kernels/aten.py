@@ -14,7 +14,9 @@ __all__ = ["activation_backward", "sum_of_squares"]
 # a dot product adds up one chunk; its float32 rounding error grows with the chunk (1e-3 over 2^24 elements
 # in one go), its overhead with their number
 _CHUNK = 1 << 19  # elements converted to float32 at a time
-_ROW = 1 << 14  # elements summed in one run: float32 sums of so many are exact to 3e-7
+_ROW = 1 << 14  # elements of a norm: float32 sums of so many are exact to 3e-7
+_RUN = 1 << 15  # elements of one dot product, which adds more of them side by side than a norm does
+_WIDE = (torch.float32, torch.float64)
 
 _SMALLEST = {
     torch.float64: 2.0**-1074,
@@ -26,9 +28,11 @@ _SMALLEST = {
 
 def sum_of_squares(x: Tensor) -> Tensor:
     """() float32 (float64 for float64), accumulated in that dtype."""
+    if x.is_cuda:
+        return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).square()
+    if x.dtype in _WIDE and (flat := dense_flat(x)) is not None:
+        return _square(flat)
     wide = torch.promote_types(x.dtype, torch.float32)
-    if x.is_cuda or x.numel() <= _ROW:  # a norm adds side by side over one row; many layers are no larger
-        return torch.linalg.vector_norm(x, dtype=wide).square()
     parts = [_square(part) for part in _chunks(x, wide)]
     if len(parts) == 1:
         return parts[0]
@@ -37,23 +41,18 @@ def sum_of_squares(x: Tensor) -> Tensor:
 
 def _square(flat: Tensor) -> Tensor:
     """(): by rows, which ATen sums side by side; one long run loses three digits at 1e7 elements."""
-    rows = flat.numel() // _ROW
-    if rows <= 1:
-        norm = torch.linalg.vector_norm(flat)
-        return norm * norm
-    norms = torch.linalg.vector_norm(flat[: rows * _ROW].view(rows, _ROW), dim=1)
+    elements = flat.numel()
+    if elements <= _RUN:
+        return torch.dot(flat, flat)
+    rows, rest = divmod(elements, _ROW)
+    norms = torch.linalg.vector_norm((flat[:-rest] if rest else flat).view(rows, _ROW), dim=1)
     total = torch.dot(norms, norms)
-    rest = flat[rows * _ROW :]
-    return total + torch.dot(rest, rest) if rest.numel() else total
+    return total + torch.dot(flat[-rest:], flat[-rest:]) if rest else total
 
 
 def _chunks(x: Tensor, wide: torch.dtype) -> Iterator[Tensor]:
     """Contiguous vectors of the wide dtype that make up x; converted or gathered a piece at a time."""
     flat = dense_flat(x)
-    if flat is not None and flat.dtype == wide:
-        if flat.numel():
-            yield flat
-        return
     buffer = torch.empty(min(_CHUNK, x.numel()), dtype=wide, device=x.device)
     for piece in [x] if flat is None else flat.split(_CHUNK):
         for part in _pieces(piece):

@@ -35,6 +35,7 @@ class NAGN(Where):
     - with `monotone`, widths are then made non-decreasing in forward order, within the same limits.
 
     max_new: Delta_max, the most units that a site gains in one growth.
+    Over how many steps NAGN is averaged, and how far they lie apart: `fastgrow.Grower(batches=, every=)`.
     read: "after_norm" takes NAGN behind the norm that follows a layer, "before_norm" at the layer's own
     output, the paper's letter. **Open**: planted bottlenecks show reliably only behind a batch norm.
     conservative: 0 switches the rule off. **Open**: the paper gives no number.
