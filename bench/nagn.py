@@ -32,18 +32,18 @@ def _case(settings: Settings, case: Case) -> Iterator[Row]:
     norms: dict[str, float] = {}
     watching: dict[str, Callable[[nn.Module], AbstractContextManager[object]]] = {
         "off": lambda model: nullcontext(),
-        "on": lambda model: fg.observe(model, sites, nagn=True, growth=False),
-        "one place": lambda model: fg.observe(model, sites, nagn="after_norm", growth=False),
+        "on": lambda model: fg.observe(model, sites, nagn="after_norm", growth=False),  # as `where.NAGN` reads it
+        "both places": lambda model: fg.observe(model, sites, nagn=True, growth=False),
         "naive": lambda model: naive.gradient_norms(model, norms),
     }
     variants = {name: _training(case, model, watch) for name, watch in watching.items()}
     timings = compare(variants, settings.device, settings.times(21), warmup=2)
-    peaks = {name: peak_bytes(partial(variants[name].run, None), settings.device) for name in ("on", "one place")}
+    peaks = {name: peak_bytes(partial(variants[name].run, None), settings.device) for name in ("on", "both places")}
     shape = f"{case.name}, {len(sites.layers)} layers"
     comparisons = [
         ("NAGN", "on", "off", "training step without"),
-        ("NAGN", "on", "naive", "step with .norm().item()"),
-        ("NAGN after the norm alone", "one place", "off", "training step without"),
+        ("NAGN at both places", "both places", "off", "training step without"),
+        ("NAGN at both places", "both places", "naive", "step with .norm().item()"),
     ]
     for benchmark, ours, label, baseline in comparisons:
         median, low, high = paired_ratio(timings[ours], timings[label])

@@ -230,9 +230,7 @@ class Grower:
             if sketch and growth["growth"]:
                 growth["rank"] = {name: growth["rank"][name] for name in growth["growth"]}
                 growth["growth"] = "sketch"
-        # Norms of gradients are free; with ranks alone they tell whether a batch came through.
-        nagn = "nagn" in needs or needs == {"ranks"}
-        return Observer(self.model, self.sites, nagn=nagn, **growth, **self._options)
+        return Observer(self.model, self.sites, nagn=_places(needs), **growth, **self._options)
 
     def _gains(self, seen: Observation) -> dict[str, float]:
         """What growth would gain, relative to what the present parameters' gradient gains."""
@@ -435,3 +433,13 @@ class Grower:
         self._asked = int(state["asked"])
         self._seen = self._watching = None
         self.history = history
+
+
+def _places(needs: frozenset[str]) -> bool | Literal["own", "after_norm"]:
+    """Where `observe` reads NAGN: at one place where that is all that is needed, for each is a read of its own."""
+    if {"nagn_own", "nagn_after_norm"} <= needs or "nagn" in needs:
+        return True
+    if "nagn_after_norm" in needs:
+        return "after_norm"
+    # With ranks alone norms tell whether a batch came through.
+    return "own" if "nagn_own" in needs or needs == {"ranks"} else False

@@ -76,7 +76,7 @@ def test_scalars_are_those_of_the_history() -> None:
         assert points == [(1, 4.0), *grown]
     assert recorder.scalars["fastgrow/parameters"] == [(r.step, r.parameters) for r in grower.history]
     assert recorder.scalars["fastgrow/growth_ms"] == [(r.step, 1e3 * r.seconds) for r in grower.history]
-    nagn = {f"fastgrow/nagn/{name}" for name in grower.history[0].evidence["nagn"]}
+    nagn = {f"fastgrow/nagn_after_norm/{name}" for name in grower.history[0].evidence["nagn_after_norm"]}
     assert len(nagn) == 3
     assert nagn <= recorder.scalars.keys()
     assert any(tag.startswith("fastgrow/predicted_gain/") for tag in recorder.scalars)

@@ -78,8 +78,25 @@ def test_a_measurement_is_the_mean_over_its_steps_and_the_others_carry_no_hook(e
         for step in measured:
             x, y = data[step - 1]
             F.cross_entropy(reference(x), y).backward()
-    for name, values in (("nagn", seen.nagn), ("nagn_after_norm", seen.nagn_after_norm)):
-        assert report.evidence[name] == pytest.approx(values, rel=1e-12)
+    assert report.evidence["nagn_after_norm"] == pytest.approx(seen.nagn_after_norm, rel=1e-12)
+    normed = {layer.name for layer in grower.sites.layers.values() if layer.norm is not None}
+    assert normed
+    assert set(report.evidence["nagn"]) == set(grower.sites.layers) - normed  # one place is read
+
+
+@pytest.mark.parametrize(
+    ("place", "own", "after"), [("after_norm", False, True), ("before_norm", True, False)], ids=["after", "before"]
+)
+def test_a_policy_has_one_place_read(place: Any, own: bool, after: bool) -> None:
+    torch.manual_seed(0)
+    model = Residual()
+    x, y = batches_of(1)[0]
+    grower = grower_of(model, x, when=fg.when.Milestones([1]), where=fg.where.NAGN(0.0, read=place))
+    steps_of(grower, [(x, y)])
+    normed = {layer.name for layer in grower.sites.layers.values() if layer.norm is not None}
+    evidence = grower.history[0].evidence
+    assert bool(normed & set(evidence["nagn"])) is own
+    assert bool(normed & set(evidence["nagn_after_norm"])) is after
 
 
 def test_directions_too_are_those_of_the_measured_steps() -> None:

@@ -20,7 +20,8 @@ class GrowthWriter:
 
     writer: a ``SummaryWriter`` of torch or tensorboardX, or anything with its ``add_scalar``.
     Scalars: ``fastgrow/width/<site>`` at the first call and at each growth; at each growth also
-    ``fastgrow/parameters``, ``fastgrow/growth_ms``, ``fastgrow/nagn/<layer>``, and for each site that grew
+    ``fastgrow/parameters``, ``fastgrow/growth_ms``, ``fastgrow/nagn/<layer>`` and ``fastgrow/nagn_after_norm/<layer>``
+    where the policy reads them, and for each site that grew
     ``fastgrow/captured``, ``fastgrow/predicted_gain`` and ``fastgrow/measured_gain``, where they are known.
     """
 
@@ -43,8 +44,9 @@ class GrowthWriter:
             step = report.step or 0
             self._add("parameters", report.parameters, step)
             self._add("growth_ms", 1e3 * report.seconds, step)
-            for layer, value in report.evidence.get("nagn", {}).items():
-                self._add(f"nagn/{layer}", value, step)
+            for place in ("nagn", "nagn_after_norm"):
+                for layer, value in report.evidence.get(place, {}).items():
+                    self._add(f"{place}/{layer}", value, step)
             for site in report.sites:
                 self._add(f"width/{site.name}", site.new_width, step)
                 for what in ("captured", "predicted_gain", "measured_gain"):

@@ -21,7 +21,8 @@ class Where(ABC):
     """
 
     reads: frozenset[str] = frozenset()
-    """What the Grower must observe: of "nagn", "directions", "natural", "ranks" (fields of `Evidence`)."""
+    """What the Grower must observe: of "directions", "natural", "ranks" (fields of `Evidence`), "nagn_own" (its `nagn`)
+    and "nagn_after_norm", or both of these as "nagn"."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits

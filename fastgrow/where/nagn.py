@@ -52,8 +52,6 @@ class NAGN(Where):
     is not finite, naming the layer.
     """
 
-    reads = frozenset({"nagn"})
-
     def __init__(
         self,
         threshold: float = 0.05,
@@ -70,6 +68,7 @@ class NAGN(Where):
         self.max_new = max_new
         self.monotone = monotone
         self.read = choice("where.NAGN", "read", read, ("after_norm", "before_norm"))
+        self.reads = frozenset({"nagn_after_norm" if self.read == "after_norm" else "nagn_own"})
         self.conservative = whole("where.NAGN", "conservative", conservative, least=0)
         self.output_neighbour = output_neighbour
 
