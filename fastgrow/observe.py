@@ -344,7 +344,9 @@ class observe:
         given = {p: leaf for p, leaf in argument_paths(self.model, args, kwargs) if isinstance(leaf, Tensor)}
         graph = self.sites.graph
         batch.capture.arguments = tuple(given.get(path) for path in graph.trace.paths) if graph is not None else ()
-        batch.capture.samples = next((tensor.shape[0] for tensor in given.values() if tensor.dim()), 1)
+        along = graph.samples_at if graph is not None else {}
+        counts = (tensor.shape[along.get(path, 0)] for path, tensor in given.items() if tensor.dim())
+        batch.capture.samples = next(counts, 1)
 
     def _new_batch(self) -> _Batch:
         batch = _Batch(pieces=Pieces() if self._sketches is None else self._sketches.begin())

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from gloo import WORLD, assert_same_bits, found_by, joined
 from test_growth_map import capture_of
 from tolerances import assert_close
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 import fastgrow as fg
 from fastgrow.growth_map import growth_map
@@ -420,6 +422,63 @@ def test_a_diverged_batch_is_told_by_name() -> None:
         )
 
 
+def test_gradient_norms_are_per_sample_and_over_all_members() -> None:
+    """NAGN^2 of a stack is the mean of its members'."""
+    model, (x, y) = net("baddbmm"), batch()
+    alone = [member(model, number) for number in range(MEMBERS)]
+    with fg.observe(model, fg.find_sites(model, x), growth=False) as seen:
+        each_loss(model(x), y).sum().backward()
+    assert seen.samples == BATCH
+    found = []
+    for number, single in enumerate(alone):
+        with fg.observe(single, fg.find_sites(single, x[number]), growth=False) as one:
+            F.mse_loss(single(x[number]), y[number]).backward()
+        found.append(one.nagn)
+    for name in ("0", "2"):
+        mean = sum(each[name] ** 2 for each in found) / MEMBERS
+        assert seen.nagn[name] == pytest.approx(mean**0.5, rel=1e-12)
+
+
+def test_float32_finds_the_same_directions_at_any_scale_of_the_loss() -> None:
+    model, (x, y) = net("baddbmm"), batch()
+    sites = fg.find_sites(model, x)
+    with fg.observe(model, sites, nagn=False) as seen:
+        each_loss(model(x), y).sum().backward()
+    truth = seen.directions(2)["0"]
+    single = copy.deepcopy(model).float()
+    for scale in (1.0, 1e-25, 1e12):
+        with fg.observe(single, sites, nagn=False, loss_scale=scale) as narrow:
+            (scale * each_loss(single(x.float()), y.float()).sum()).backward()
+        found = narrow.directions(2)["0"]
+        # a direction turns by the matrix's error over the gap between its values
+        assert_close(found.values, truth.values, torch.float32, BATCH * HIDDEN)
+        assert_close(found.left, truth.left, torch.float32, 100 * BATCH * HIDDEN)
+        assert_close(found.right, truth.right, torch.float32, 100 * BATCH * HIDDEN)
+
+
+def test_groups_of_a_convolution_take_their_own_norms() -> None:
+    """Growing a grouped convolution is growing each group as a convolution of its own."""
+    torch.manual_seed(6)
+    groups = [nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Conv2d(3, 4, 3)).double() for _ in range(2)]
+    with torch.no_grad():
+        groups[1][2].weight.mul_(7)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Tanh(), nn.Conv2d(6, 8, 3, groups=2)).double()
+    with torch.no_grad():
+        for at in (0, 2):
+            model[at].weight.copy_(torch.cat([group[at].weight for group in groups]))
+            model[at].bias.copy_(torch.cat([group[at].bias for group in groups]))
+    x = torch.randn(2, 4, 7, 7).double()
+    target = torch.randn(2, 8, 3, 3).double()
+    fg.grow(model, {"0": 2}, sites=fg.find_sites(model, x), closure=lambda: (model(x) - target).square().sum())
+    for number, group in enumerate(groups):
+        mine, wanted = x[:, 2 * number : 2 * number + 2], target[:, 4 * number : 4 * number + 4]
+        fg.grow(group, {"0": 1}, closure=lambda g=group, a=mine, b=wanted: (g(a) - b).square().sum())
+        new = model[2].weight.detach()[4 * number : 4 * number + 4, 3]
+        assert_close(new.norm(), group[2].weight.detach()[:, 3].norm(), torch.float64, 100)
+        # block Krylov until 0.999 of the norm is captured
+        assert (new * group[2].weight.detach()[:, 3]).sum().abs() >= 0.99 * new.norm() ** 2
+
+
 class Query(nn.Module):
     """A parameter of three dimensions that is broadcast over the batch is no stack."""
 
@@ -489,3 +548,30 @@ def test_llama4_experts_grow_as_they_are_written() -> None:
     assert model.model.layers[0].feed_forward.experts.gate_up_proj.shape == (3, 18, 28)
     bound = 64 * torch.finfo(torch.float32).eps * before.abs().max().item()
     assert (model(**inputs).logits - before).abs().max().item() <= bound
+
+
+def grown_by(rank: int | None) -> dict[str, Tensor]:
+    """The stack's tensors after growing by GradMax: of all samples, or of one rank's share of them."""
+    model, (x, y) = net("baddbmm"), batch()
+    sites = fg.find_sites(model, x)
+    cut = slice(None) if rank is None else (slice(0, 4), slice(4, BATCH))[rank]
+    called: nn.Module = model if rank is None else DDP(model)
+    fg.grow(called, {"0": 2}, sites=sites, closure=lambda: each_loss(called(x[:, cut]), y[:, cut]).sum())
+    return dict(model.state_dict())
+
+
+def work(rank: int, folder: str) -> None:
+    with joined(rank, folder) as path:
+        torch.save({"grown": grown_by(rank)}, path / f"rank{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[list[dict[str, dict[str, Tensor]]]]:
+    yield from found_by(work)
+
+
+def test_ranks_with_shares_of_the_samples_grow_as_one_process(ranks: list[dict[str, dict[str, Tensor]]]) -> None:
+    assert len(ranks) == WORLD
+    assert_same_bits(ranks)
+    for name, tensor in grown_by(None).items():
+        assert_close(ranks[0]["grown"][name], tensor, torch.float64, BATCH * HIDDEN)

@@ -102,6 +102,21 @@ class Followed:
     tensor_dims: Mapping[str, tuple[Layout, ...]]
     calls: tuple[LayerCall, ...]
 
+    @functools.cached_property
+    def samples_at(self) -> dict[str, int]:
+        """Where an input has its samples: input (as in `Trace.paths`) -> dimension, where that is not the first.
+
+        The first one numbers the members of a stack, where each of them reads samples of its own.
+        """
+        stacks = [call for call in self.calls if call.kind == "stacked"]
+        members = {self.tensor_dims[call.weight][3 - call.out_dim - call.in_dim] for call in stacks}
+        nodes = {node.name: node for node in self.trace.nodes if node.op == "placeholder"} if stacks else {}
+        return {
+            path: 1
+            for name, path in zip(self.trace.inputs, self.trace.paths, strict=True)
+            if name in nodes and len(dims := self.dims[nodes[name]]) > 1 and dims[0] in members
+        }
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The module a person wrote, out of ``torch.compile``'s and data-parallel wrappers."""
