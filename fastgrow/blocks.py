@@ -21,7 +21,7 @@ from .errors import GrowthError
 from .foresight import foreseen
 from .growth_map import stacked_pairs
 from .layout import restricted_size
-from .members import Channels
+from .members import Channels, Side
 from .operators import StackedPair, scale_by_power
 from .replay import Capture, Replay, ReplayMap
 from .sites import Site, Sites, tensors_of
@@ -227,11 +227,13 @@ def _separate_directions(
     signed: bool,
 ) -> UnitDirections:
     """Unit j takes the j-th direction of every channel."""
-    channels = Channels.of(tensors_of(model), sites.sizes(model), sites, site, bias=bias)
     pairs = stacked_pairs(model, sites, site, captures, weights, bias=bias)
     if pairs:
+        rows, columns = (Side(pairs[0].members, length) for length in pairs[0].shape)
+        channels = Channels(columns, rows)
         left, values, right, captured = _of_members(pairs, units, site.name)
     else:
+        channels = Channels.of(tensors_of(model), sites.sizes(model), sites, site, bias=bias)
         count = units + _SPARE
         maps = [
             ReplayMap(Replay(model, sites, site, capture), weight, bias=bias)
