@@ -479,6 +479,14 @@ def test_groups_of_a_convolution_take_their_own_norms() -> None:
         assert (new * group[2].weight.detach()[:, 3]).sum().abs() >= 0.99 * new.norm() ** 2
 
 
+@pytest.mark.parametrize("after", ["0", "1", "2"])
+def test_no_layer_is_inserted_between_the_members(after: str) -> None:
+    model, (x, _) = net("baddbmm"), batch()
+    with pytest.raises(fg.GrowthError, match="for each of several members"):
+        fg.insert_layer(model, after, before="2" if after == "1" else None, example_inputs=x)
+    assert [type(layer) for layer in model] == [Stack, nn.Tanh, Stack]
+
+
 class Query(nn.Module):
     """A parameter of three dimensions that is broadcast over the batch is no stack."""
 
