@@ -212,6 +212,28 @@ def test_the_growth_matrix_is_what_a_new_unit_feels(name: str, site: str) -> Non
     torch.testing.assert_close(found.dense(), truth, rtol=0, atol=1e-5 * largest)
 
 
+@pytest.mark.parametrize(("name", "site"), [(name, site) for name, (_, _, found) in CASES.items() for site in found])
+def test_gradmax_attains_what_it_predicts_behind_any_middle(name: str, site: str) -> None:
+    model, x, loss, sites = case(name)
+    before, width = model(x), sites.sizes(model)[sites[site].axis]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    report = fg.grow(
+        model, {site: 2 * sites[site].step}, sites=sites, optimizer=optimizer, closure=lambda: loss(model(x))
+    )
+    assert_close(model(x), before, torch.float64, 10 * HIDDEN)
+    loss(model(x)).backward()
+    total = 0.0
+    old = {**sites.sizes(model), sites[site].axis: width}
+    for producer in sites[site].producers:
+        slot = sites[site].weight(producer, "producer")
+        gradient = slot.canonical(model.get_parameter(slot.tensor).grad)
+        total += gradient[fg.layout.new_positions(slot.layout, old, sites.sizes(model))].square().sum().item()
+    assert total > 0
+    assert report.sites[0].predicted_gain == pytest.approx(total, rel=1e-9)
+    assert report.sites[0].captured is not None
+    assert report.sites[0].captured >= 0.999
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("style", ["baddbmm", "einsum_turned", "matmul"])
 def test_plain_stacks_need_no_replay(style: str, bias: bool) -> None:
