@@ -60,6 +60,8 @@ class GradMax(How):
         self.epsilon = number("how.GradMax", "epsilon", epsilon, above=0)
 
     def signed(self, site: Site) -> bool:
+        if site.gates:  # the activation is the gate's, which starts away from zero
+            return False
         dead = [a for a in site.activations if a.kind in DEAD_AT_ZERO]
         if self.relu in ("pairs", "epsilon"):
             return bool(dead)
@@ -73,6 +75,12 @@ class GradMax(How):
                     f"site {site.name!r}: {functional[0]} is called as a function, so relu='swap' has no module to "
                     "replace; use nn.ReLU in the model, or relu='auto' (signed pairs)"
                 )
+        dead = any(a.kind in DEAD_AT_ZERO for a in site.activations)
+        if site.gates and dead and self.relu in ("pairs", "epsilon"):
+            raise GrowthError(
+                f"site {site.name!r}: relu={self.relu!r} gives units small incoming weights, but those of gated units "
+                "are a random gate and zeros; use relu='auto'"
+            )
         if self.signed(site) and self.relu != "epsilon" and (units // site.step) % 2:
             raise GrowthError(
                 f"site {site.name!r}: {units} units were asked for, but behind a ReLU that is a function call they "
