@@ -19,7 +19,7 @@ from teacher_training import (
     gradient_norms,
     mean,
     methods_of,
-    run_method,
+    run_seeds,
     student,
     task,
     train,
@@ -56,14 +56,13 @@ def figure_relative_norms(case: Case, methods: Sequence[str], options: argparse.
 def figure_difference(case: Case, methods: Sequence[str], options: argparse.Namespace) -> Lines:
     """L(f_random) - L(f_gradmax) over 500 steps after one unit is grown, from each of Random's checkpoints."""
     sums: dict[str, list[list[float]]] = {}
-    for seed in range(options.seeds):
+    for seed, run in enumerate(run_seeds(case, "random", options, keep=True, steps=max(case.growths) + 1)):
         x, y = task(case, seed, options.protocol == "notebook")
-        run = run_method(case, "random", seed, options, keep=True, steps=max(case.growths) + 1)
         for turn, model in enumerate(run.checkpoints, 1):
             grown = {
                 method: train(
                     case, copy.deepcopy(model), x, y, options, methods_of(options)[method](), {0: 1}, steps=500
-                ).losses
+                )[0].losses
                 for method in ("random", "gradmax")
             }
             difference = [r - g for r, g in zip(grown["random"], grown["gradmax"], strict=True)]
@@ -78,7 +77,7 @@ def figure_curves(case: Case, methods: Sequence[str], options: argparse.Namespac
 
 
 def figure_time(case: Case, methods: Sequence[str], options: argparse.Namespace) -> Lines:
-    """Milliseconds of one growth (at 0) and of one training step (at 1)."""
+    """Milliseconds of one growth (at 0) and of one training step (at 1), of all seeds where they train at once."""
     return {
         method: [
             [0, statistics.median([t for run in runs for t in run.growth_ms])],
@@ -90,9 +89,7 @@ def figure_time(case: Case, methods: Sequence[str], options: argparse.Namespace)
 
 def figure_rates(case: Case, methods: Sequence[str], options: argparse.Namespace) -> Lines:
     return {
-        f"lr {rate}": _mean_curve(
-            [run_method(case, "gradmax", seed, options, rate=rate) for seed in range(options.seeds)]
-        )
+        f"lr {rate}": _mean_curve(run_seeds(case, "gradmax", options, rate=rate))
         for rate in (0.2, 0.1, 0.05, 0.02, 0.01)
     }
 
@@ -116,7 +113,7 @@ def figure_correlation(case: Case, methods: Sequence[str], options: argparse.Nam
             for n in range(len(singular)):
                 grown = copy.deepcopy(model)
                 how = NthDirection(n, options.scale)
-                losses.append(train(case, grown, x, y, options, how, {0: 1}, steps=after).losses)
+                losses.append(train(case, grown, x, y, options, how, {0: 1}, steps=after)[0].losses)
             table = torch.tensor(losses, dtype=torch.float64)  # (n, steps)
             pair = [torch.stack([singular.double(), table[:, step]]) for step in range(10, after + 1, 10)]
             values.append([float(torch.corrcoef(two)[0, 1]) for two in pair])
@@ -133,9 +130,7 @@ def figure_start(case: Case, methods: Sequence[str], options: argparse.Namespace
     for first in (0, 100, 200, 400, 600):
         growths = {first + case.every * turn: case.units for turn in range(len(case.growths))}
         steps = _steps_for(budget, growths, case.start)
-        runs = [
-            run_method(case, "gradmax", seed, options, growths=growths, steps=steps) for seed in range(options.seeds)
-        ]
+        runs = run_seeds(case, "gradmax", options, growths=growths, steps=steps)
         lines[f"first growth at {first}"] = _mean_curve(runs)
     return lines
 
@@ -150,9 +145,7 @@ def figure_initial_width(case: Case, methods: Sequence[str], options: argparse.N
         chosen = replace(case, start=width)
         steps = _steps_for(budget, growths, width)
         for method in ("gradmax", "random"):
-            runs = [
-                run_method(chosen, method, seed, options, growths=growths, steps=steps) for seed in range(options.seeds)
-            ]
+            runs = run_seeds(chosen, method, options, growths=growths, steps=steps)
             lines[f"{method} ({width})"] = _mean_curve(runs)
     return lines
 
@@ -163,12 +156,10 @@ def figure_beyond(case: Case, methods: Sequence[str], options: argparse.Namespac
     growths = {case.first + case.every * turn: case.units for turn in range(turns)}
     steps = max(growths) + case.steps - max(case.growths)
     lines = {
-        "gradmax to 1.5 x": _mean_curve(
-            [run_method(case, "gradmax", seed, options, growths=growths, steps=steps) for seed in range(options.seeds)]
-        )
+        "gradmax to 1.5 x": _mean_curve(run_seeds(case, "gradmax", options, growths=growths, steps=steps)),
     }
     for method in ("gradmax", "baseline_big"):
-        lines[method] = _mean_curve([run_method(case, method, s, options, steps=steps) for s in range(options.seeds)])
+        lines[method] = _mean_curve(run_seeds(case, method, options, steps=steps))
     return lines
 
 

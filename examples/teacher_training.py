@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import copy
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from teacher_stack import METHODS as STACKED
+from teacher_stack import StackedLinear, apart, stacked
 from torch import Tensor, nn
 
 import fastgrow as fg
@@ -141,18 +144,42 @@ BASELINES = ("baseline_small", "baseline_big")
 
 @dataclass
 class Run:
-    """One training. norms: (step, gradient norm of all weights over the loss); checkpoints: just before each growth."""
+    """One training. norms: (step, gradient norm of all weights over the loss); checkpoints: just before each growth.
+
+    Times are of what was trained, all seeds where they trained at once (together): of a growth, of a training step, and
+    of a step's forward and backward pass.
+    """
 
     losses: list[float]
     norms: list[tuple[int, float]]
     growth_ms: list[float]
     step_ms: float
+    pass_ms: float
     checkpoints: list[nn.Module]
+    together: bool
 
 
 def criterion(output: Tensor, target: Tensor) -> Tensor:
     """The squared loss, mean over points and outputs."""
     return nn.functional.mse_loss(output, target)
+
+
+def each_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """(networks,): the loss of every network of a stack; of one that is none, alone."""
+    output = model(x)
+    return (output - y).square().mean((1, 2)) if _is_stack(model) else criterion(output, y)[None]
+
+
+def _is_stack(model: nn.Module) -> bool:
+    return any(isinstance(layer, StackedLinear) for layer in model.children())
+
+
+def _gradient_norms(model: nn.Module) -> Tensor:
+    """(networks,): the norm of all gradients of each."""
+    members = _is_stack(model)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    squares = [g.square().sum((1, 2)) if members else g.square().sum()[None] for g in gradients]
+    return torch.stack(squares).sum(0).sqrt()
 
 
 def train(
@@ -167,18 +194,22 @@ def train(
     steps: int | None = None,
     rate: float | None = None,
     keep: bool = False,
-) -> Run:
-    """Gradient descent on all points; `how` adds units at the steps of `growths`."""
+) -> list[Run]:
+    """Gradient descent on all points; `how` adds units at the steps of `growths`. A run for each network of a stack."""
     optimizer = torch.optim.SGD(model.parameters(), lr=options.rate if rate is None else rate)
     sites = fg.find_sites(model, x) if growths else None
-    run = Run([], [], [], 0.0, [])
+    losses: list[list[float]] = []
+    norms: list[tuple[int, list[float]]] = []
+    checkpoints: list[list[nn.Module]] = []
+    growth_ms: list[float] = []
+    passes: list[float] = []
     growing = 0.0
     started = time.perf_counter()
     for step in range(case.steps if steps is None else steps):
         if growths and step in growths:
             began = time.perf_counter()
             if keep:
-                run.checkpoints.append(copy.deepcopy(model))
+                checkpoints.append(apart(model))
             assert sites is not None
             before = time.perf_counter()
             fg.grow(
@@ -187,38 +218,64 @@ def train(
                 how,
                 sites=sites,
                 optimizer=optimizer,
-                closure=lambda: criterion(model(x), y),
+                closure=lambda: each_loss(model, x, y).sum(),
             )
-            run.growth_ms.append(1000 * (time.perf_counter() - before))
+            growth_ms.append(1000 * (time.perf_counter() - before))
             growing += time.perf_counter() - began
-        loss = criterion(model(x), y)
+        began = time.perf_counter()
+        loss = each_loss(model, x, y)
         optimizer.zero_grad()
-        loss.backward()
+        loss.sum().backward()
+        passes.append(1000 * (time.perf_counter() - began))
+        losses.append(loss.tolist())
         if step % 10 == 0:
-            squares = [p.grad.square().sum() for p in model.parameters() if p.grad is not None]
-            run.norms.append((step, float(torch.stack(squares).sum().sqrt()) / max(loss.item(), 1e-30)))
+            relative = _gradient_norms(model) / loss.detach().clamp(min=1e-30)
+            norms.append((step, relative.tolist()))
         optimizer.step()
-        run.losses.append(loss.item())
-    run.step_ms = 1000 * (time.perf_counter() - started - growing) / max(1, len(run.losses))
-    run.losses.append(criterion(model(x), y).item())
-    return run
+    step_ms = 1000 * (time.perf_counter() - started - growing) / max(1, len(losses))
+    with torch.no_grad():
+        losses.append(each_loss(model, x, y).tolist())
+    return [
+        Run(
+            [row[at] for row in losses],
+            [(step, row[at]) for step, row in norms],
+            growth_ms,
+            step_ms,
+            statistics.median(passes) if passes else 0.0,
+            [models[at] for models in checkpoints],
+            _is_stack(model),
+        )
+        for at in range(len(losses[-1]))
+    ]
 
 
-def student(case: Case, width: int, seed: int, options: argparse.Namespace) -> nn.Module:
+def student(case: Case, width: int, seed: int, options: argparse.Namespace) -> nn.Sequential:
     torch.manual_seed(seed)
     model = network(case, width)
     initialise_(model, options.init)
     return model
 
 
-def run_method(case: Case, method: str, seed: int, options: argparse.Namespace, **more: Any) -> Run:
-    x, y = task(case, seed, options.protocol == "notebook")
-    if method in BASELINES:
-        width = case.hidden if method == "baseline_big" else case.start
-        return train(case, student(case, width, seed, options), x, y, options, **more)
-    how = methods_of(options)[method]()
-    growths = more.pop("growths", case.growths)
-    return train(case, student(case, case.start, seed, options), x, y, options, how, growths, **more)
+def run_seeds(case: Case, method: str, options: argparse.Namespace, **more: Any) -> list[Run]:
+    """One training for each seed, at once where their networks can be stacked.
+
+    The losses are those of trainings one by one, up to rounding; methods that draw at random draw other values.
+    """
+    tasks = [task(case, seed, options.protocol == "notebook") for seed in range(options.seeds)]
+    width = case.hidden if method == "baseline_big" else case.start
+    how, growths = None, None
+    if method not in BASELINES:
+        how = methods_of(options)[method]
+        growths = more.pop("growths", case.growths)
+    if case.kind == "mlp" and options.seeds > 1 and method in STACKED and not options.alone:
+        model = stacked([student(case, width, seed, options) for seed in range(options.seeds)])
+        x, y = (torch.stack(each) for each in zip(*tasks, strict=True))
+        return train(case, model, x, y, options, how and how(), growths, **more)
+    return [
+        run
+        for seed, (x, y) in enumerate(tasks)
+        for run in train(case, student(case, width, seed, options), x, y, options, how and how(), growths, **more)
+    ]
 
 
 def norm_after_growth(model: nn.Module, how: fg.how.How, units: int, x: Tensor, y: Tensor) -> float:
@@ -240,9 +297,8 @@ def norm_after_growth(model: nn.Module, how: fg.how.How, units: int, x: Tensor, 
 def gradient_norms(case: Case, methods: Sequence[str], options: argparse.Namespace) -> dict[str, list[list[float]]]:
     """Figures 2a, 9a, 11a: method -> seed -> growth of one unit, all from the checkpoints of Random's training."""
     result: dict[str, list[list[float]]] = {method: [] for method in methods if method not in BASELINES}
-    for seed in range(options.seeds):
+    for seed, run in enumerate(run_seeds(case, "random", options, keep=True, steps=max(case.growths) + 1)):
         x, y = task(case, seed, options.protocol == "notebook")
-        run = run_method(case, "random", seed, options, keep=True, steps=max(case.growths) + 1)
         for method, rows in result.items():
             rows.append(
                 [
@@ -265,7 +321,7 @@ def training_curves(case: Case, methods: Sequence[str], options: argparse.Namesp
     """Figures 3a, 3b, 10, 12."""
     runs: dict[str, list[Run]] = {}
     for method in methods:
-        runs[method] = [run_method(case, method, seed, options) for seed in range(options.seeds)]
+        runs[method] = run_seeds(case, method, options)
         finals = [run.losses[-1] for run in runs[method]]
         print(f"{method:20s} final loss {mean(finals):.4g} ({min(finals):.4g} .. {max(finals):.4g})", flush=True)
     return runs

@@ -71,6 +71,7 @@ class _Search:
 
     def spot(self, before: str | None, beside: bool) -> Spot:
         source, end = self._source()
+        self._refuse_stack(self.calls.get(end))
         run = self._run(end) if end in self.calls else [end]
         last = run[-1]
         norms = [node for node in run if plain_name(node) in _NORMS]
@@ -80,6 +81,7 @@ class _Search:
             if place is not None:
                 return Spot(place, "behind", source, *self._form(source, last), self._known(last), norm)
         reader, path = self._reader(last, before, beside)
+        self._refuse_stack(reader)
         module = find_module(self.model, reader.name)
         if module is None:
             raise self._error(f"its reader {reader.name!r} is a function call, not a module; make it one")
@@ -96,6 +98,13 @@ class _Search:
 
     def _error(self, what: str) -> GrowthError:
         return GrowthError(f"insert_layer: no layer can be put after {self.after!r}: {what}")
+
+    def _refuse_stack(self, call: LayerCall | None) -> None:
+        if call is not None and call.kind == "stacked":
+            raise self._error(
+                f"{call.name!r} holds a matrix for each of several members, and the new layer would be one for all of "
+                "them; put a stack of its own into the model"
+            )
 
     def _source(self) -> tuple[LayerCall, Node]:
         """The last layer in the module named, and the node whose value the module returns."""
@@ -181,7 +190,7 @@ class _Search:
     def _form(self, source: LayerCall, node: Node) -> tuple[tuple[int, ...], int | None]:
         shape = tuple(shape_of(node))
         rank = len(self.graph.tensor_dims[source.weight])
-        return shape, rank - 2 if source.kind != "linear" and len(shape) == rank else None
+        return shape, rank - 2 if source.kind not in ("linear", "stacked") and len(shape) == rank else None
 
     def _known(self, last: Node, path: Sequence[Node] = ()) -> Node | None:
         """The activation whose values are read: the last node, if only what keeps its range lies between."""

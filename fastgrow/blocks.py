@@ -2,9 +2,9 @@
 
 A unit of attention is a head: its queries and keys start at random, which fixes the map from its values to
 the output projection; its channels share that map. A unit of a gated MLP has a random gate of its own, and
-so a map of its own. A unit of a grouped convolution has a channel in every group, each with its own map.
-In each case one replay of the middle multiplies all the maps at once, and block Krylov runs on all of them
-side by side.
+so a map of its own. A unit of a grouped convolution has a channel in every group, a unit of a stack of matrices one
+in every member, each with its own map. In each case one replay of the middle multiplies all the maps at once, and
+block Krylov runs on all of them side by side; a stack with an elementwise middle needs no replay.
 """
 
 from __future__ import annotations
@@ -19,16 +19,20 @@ from torch import Tensor, nn
 from .cores import fixed_signs
 from .errors import GrowthError
 from .foresight import foreseen
+from .growth_map import stacked_pairs
 from .layout import restricted_size
+from .members import Channels, Side
+from .operators import StackedPair, scale_by_power
 from .replay import Capture, Replay, ReplayMap
 from .sites import Site, Sites, tensors_of
-from .solve import Directions
+from .solve import Directions, solve
 
 __all__ = ["UnitDirections", "block_directions", "gate_rows", "has_blocks"]
 
 _ROUNDS = 24
 _CAPTURED = 0.999  # the captured norm that is waited for, as it is foreseen
 _SPARE = 4
+_SMALL_SIDE = 64  # members' matrices with a side up to this are decomposed together, in float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +40,13 @@ class UnitDirections(Directions):
     """Directions of whole units: left (m, k) has a unit's outgoing vector of norm 1 in each column.
 
     values: the norm of the gradient that it attains; incoming: (n, k), the units' random gates, zero elsewhere.
+    parts: (channels, k), where a unit has a channel in each of several groups or members (`Site.separate`): the
+    gradient that each attains. The part of left in each of them, and of right, has norm 1, and values are those of
+    whole vectors of norm 1.
     """
 
     incoming: Tensor | None = None
+    parts: Tensor | None = None
 
 
 def has_blocks(site: Site) -> bool:
@@ -53,8 +61,7 @@ def gate_rows(model: nn.Module, sites: Sites, site: Site, units: int) -> Tensor:
     pieces = []
     for name in site.producers:
         slot = site.weight(name, "producer")
-        weight = tensors[slot.tensor].detach()
-        weight = weight if slot.dim == 0 else weight.transpose(0, 1)
+        weight = slot.canonical(tensors[slot.tensor].detach())
         rows = restricted_size(slot.layout, site.axis, one)
         piece = torch.zeros(units, rows, math.prod(weight.shape[1:]), dtype=torch.float64)
         gates = [gate for gate in site.gates if gate.layer == name]
@@ -67,84 +74,43 @@ def gate_rows(model: nn.Module, sites: Sites, site: Site, units: int) -> Tensor:
     return torch.cat(pieces, 1).T
 
 
-@dataclass(frozen=True)
-class _Channels:
-    """Where the channels of a unit lie in its incoming and outgoing vectors."""
-
-    into: Tensor  # (channels, n_c)
-    out: Tensor  # (channels, m_c)
-
-    @classmethod
-    def of(cls, model: nn.Module, sites: Sites, site: Site) -> _Channels:
-        tensors, sizes = tensors_of(model), sites.sizes(model)
-        one = {**sizes, site.axis: 1}
-        into: list[Tensor] = []
-        offset, channels = 0, 0
-        for name in site.producers:
-            slot = site.weight(name, "producer")
-            weight = tensors[slot.tensor]
-            rows = restricted_size(slot.layout, site.axis, one)
-            length = weight.numel() // weight.shape[slot.dim]
-            index = torch.arange(offset, offset + rows * length).reshape(rows, length)
-            offset += rows * length
-            gates = [gate for gate in site.gates if gate.layer == name]
-            parts = gates[0].parts if gates else 1
-            free = [p for p in range(parts) if p not in {gate.part for gate in gates}]
-            for part in free:
-                into.append(index[part * rows // parts : (part + 1) * rows // parts])
-        if not into:
-            raise GrowthError(f"site {site.name!r}: all its producers are gates; nothing is left for GradMax to aim at")
-        channels = into[0].shape[0]
-        if any(block.shape[0] != channels for block in into):
-            raise GrowthError(
-                f"site {site.name!r}: its producers write {[len(block) for block in into]} channels for one unit; "
-                "GradMax needs as many from each; use how.ZeroOutgoing"
-            )
-        calls = sites.graph.calls if sites.graph is not None else ()
-        grouped = {call.name for call in calls if call.kind == "grouped"}
-        out: list[Tensor] = []
-        offset = 0
-        for name in site.consumers:
-            slot = site.weight(name, "consumer")
-            shape = tensors[slot.tensor].shape
-            kernel = math.prod(shape[2:])
-            outs = shape[1 - slot.dim]
-            positions = restricted_size(slot.layout, site.axis, one)
-            index = torch.arange(offset, offset + outs * positions * kernel).reshape(outs, positions, kernel)
-            offset += outs * positions * kernel
-            if site.heads:  # the head size is innermost
-                split = index.reshape(outs, positions // channels, channels, kernel).movedim(2, 0)
-            elif name in grouped:  # a group's outputs read its own channel
-                split = index.reshape(channels, outs // channels, positions, kernel)
-            else:  # the group is outermost
-                split = index.reshape(outs, channels, positions // channels, kernel).movedim(1, 0)
-            out.append(split.reshape(channels, -1))
-        return cls(torch.cat(into, 1), torch.cat(out, 1))
-
-
 class _Maps:
-    """Maps (problems, m_c, n_c) of one site, known by their products; block columns are units or channels."""
+    """Maps (problems, m_c, n_c) of one site, known by their products.
 
-    def __init__(self, maps: Sequence[ReplayMap], channels: _Channels, site: Site, units: int) -> None:
+    A problem is a unit, and block columns are its channels; or it is a channel that units have apart from each other,
+    and block columns are units; or, where each unit has maps of its own there (single), a channel of a unit.
+    """
+
+    def __init__(
+        self, maps: Sequence[ReplayMap], channels: Channels, site: Site, units: int, *, single: bool = False
+    ) -> None:
         self.maps = maps
-        self.channels = channels
-        self.by_channel = site.separate
+        self.by_channel, self.single = site.separate, single
         self.units = units
         self.m, self.n = maps[0].shape
         self.dtype, self.device = maps[0].dtype, maps[0].device
-        self.into, self.out = channels.into.to(self.device), channels.out.to(self.device)
+        self.into, self.out = channels.into.index.to(self.device), channels.out.index.to(self.device)
         count = self.into.shape[0]
         self.problems, self.block = (count, units) if self.by_channel else (units, count)
+        if single:
+            self.problems, self.block = units * count, 1
+
+    def by_unit(self, blocks: Tensor) -> Tensor:
+        """(problems, d, block) -> (units, channels, d)."""
+        if self.single:
+            return blocks.reshape(self.units, -1, blocks.shape[1])
+        return blocks.permute(2, 0, 1) if self.by_channel else blocks.permute(0, 2, 1)
 
     def _scatter(self, blocks: Tensor, index: Tensor, length: int) -> Tensor:
         """(problems, d, block) -> unit vectors (length, units)."""
-        per_unit = blocks.permute(2, 0, 1) if self.by_channel else blocks.permute(0, 2, 1)
         vectors = blocks.new_zeros(self.units, length)
-        vectors[:, index.reshape(-1)] = per_unit.reshape(self.units, -1)
+        vectors[:, index.reshape(-1)] = self.by_unit(blocks).reshape(self.units, -1)
         return vectors.T
 
     def _gather(self, vectors: Tensor, index: Tensor) -> Tensor:
         per_unit = vectors.T[:, index.reshape(-1)].reshape(self.units, *index.shape)
+        if self.single:
+            return per_unit.reshape(self.problems, -1, 1)
         return per_unit.permute(1, 2, 0) if self.by_channel else per_unit.permute(0, 2, 1)
 
     def matmat(self, blocks: Tensor) -> Tensor:
@@ -155,8 +121,8 @@ class _Maps:
         Y = self._scatter(blocks, self.out, self.m)
         return self._gather(sum(m.rmatmat(Y) for m in self.maps), self.into)  # type: ignore[arg-type]
 
-    def leading(self) -> tuple[Tensor, Tensor, float]:
-        """Left vectors (problems, m_c, b), values (problems, b), and the captured norm as estimated."""
+    def leading(self) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Left (problems, m_c, b), values (problems, b), right (problems, n_c, b), the captured norm as estimated."""
         rows = self.out.shape[1]
         wanted = min(self.block, rows, self.into.shape[1])
         generator = torch.Generator().manual_seed(0)
@@ -180,8 +146,10 @@ class _Maps:
             Y = self.matmat(self._padded(X))[..., : min(X.shape[-1], room)]
         best = vectors[..., -wanted:].flip(-1).to(self.device, self.dtype)
         attained = values[..., -wanted:].flip(-1).clamp(min=0).sqrt()
-        left = basis @ best
-        return left * fixed_signs(left), attained.to(self.device, self.dtype), captured
+        left, right = basis @ best, images @ best
+        sign = fixed_signs(left)
+        right = right / torch.linalg.vector_norm(right, dim=1, keepdim=True).clamp(min=torch.finfo(self.dtype).tiny)
+        return left * sign, attained.to(self.device, self.dtype), right * sign, captured
 
     def _padded(self, blocks: Tensor) -> Tensor:
         """Columns of zeros up to a full block."""
@@ -208,28 +176,124 @@ class _Maps:
 
 
 def block_directions(
-    model: nn.Module, sites: Sites, site: Site, captures: Sequence[Capture], weights: Sequence[float], units: int
+    model: nn.Module,
+    sites: Sites,
+    site: Site,
+    captures: Sequence[Capture],
+    weights: Sequence[float],
+    units: int,
+    *,
+    bias: bool = False,
+    signed: bool = False,
 ) -> UnitDirections:
-    """GradMax's directions for so many units, whole units at a time."""
-    channels = _Channels.of(model, sites, site)
-    replays = [Replay(model, sites, site, capture) for capture in captures]
-    count = units + _SPARE if site.separate else units
-    gates = gate_rows(model, sites, site, count) if site.gates else None
+    """GradMax's directions for so many units, whole units at a time.
+
+    bias: the producers' biases count as columns of M (not beside gates). signed: the units come as signed pairs; this
+    is the outgoing direction of each under its own mask.
+    """
+    if site.separate and not site.gates:
+        return _separate_directions(model, sites, site, captures, weights, units, bias and not signed, signed)
+    channels = Channels.of(tensors_of(model), sites.sizes(model), sites, site)
+    gates = gate_rows(model, sites, site, units)
     maps = []
-    for replay, weight in zip(replays, weights, strict=True):
-        base = None if gates is None else gates.to(replay.device, replay.dtype)
-        maps.append(ReplayMap(replay, weight, base=base))
-    problem = _Maps(maps, channels, site, count)
-    left, values, captured = problem.leading()
-    if site.separate:  # unit j takes the j-th direction of every channel
-        left, values = left[..., :units], values[..., :units]
-        vectors, attained = left.permute(2, 0, 1), values.square().sum(0).sqrt()  # (units, channels, m_c)
-    else:
-        vectors, attained = left.permute(0, 2, 1), values.square().sum(-1).sqrt()
+    for capture, weight in zip(captures, weights, strict=True):
+        replay = Replay(model, sites, site, capture)
+        maps.append(ReplayMap(replay, weight, base=gates.to(replay.device, replay.dtype)))
+    problem = _Maps(maps, channels, site, units, single=site.separate)
+    left, values, _, captured = problem.leading()
+    vectors = problem.by_unit(left)  # (units, channels, m_c)
+    found = values.reshape(units, -1)
     used = vectors.shape[1]
     outgoing = vectors.new_zeros(vectors.shape[0], problem.m)
     outgoing[:, problem.out[:used].reshape(-1)] = vectors.reshape(vectors.shape[0], -1)
-    incoming = None if gates is None else gates.to(problem.device, problem.dtype)
     return UnitDirections(
-        outgoing.T / used**0.5, attained / used**0.5, vectors.new_zeros(problem.n, vectors.shape[0]), captured, incoming
+        outgoing.T if site.separate else outgoing.T / used**0.5,
+        found.square().sum(-1).sqrt() / used**0.5,
+        vectors.new_zeros(problem.n, units),
+        captured,
+        gates.to(problem.device, problem.dtype),
+        found.T if site.separate else None,
     )
+
+
+def _separate_directions(
+    model: nn.Module,
+    sites: Sites,
+    site: Site,
+    captures: Sequence[Capture],
+    weights: Sequence[float],
+    units: int,
+    bias: bool,
+    signed: bool,
+) -> UnitDirections:
+    """Unit j takes the j-th direction of every channel."""
+    pairs = stacked_pairs(model, sites, site, captures, weights, bias=bias)
+    if pairs:
+        rows, columns = (Side(pairs[0].members, length) for length in pairs[0].shape)
+        channels = Channels(columns, rows)
+        left, values, right, captured = _of_members(pairs, units, site.name)
+    else:
+        channels = Channels.of(tensors_of(model), sites.sizes(model), sites, site, bias=bias)
+        count = units + _SPARE
+        maps = [
+            ReplayMap(Replay(model, sites, site, capture), weight, bias=bias)
+            for capture, weight in zip(captures, weights, strict=True)
+        ]
+        left, values, right, captured = _Maps(maps, channels, site, count).leading()
+        left, values, right = left[..., :units], values[..., :units], right[..., :units]
+    if signed:
+        vectors = channels.into.whole(right)
+        masked = [
+            ReplayMap(Replay(model, sites, site, capture, live=True), weight, base=torch.cat([vectors, -vectors], 1))
+            for capture, weight in zip(captures, weights, strict=True)
+        ]
+        problem = _Maps(masked, channels, site, 2 * vectors.shape[1], single=True)
+        both, attained, _, captured = problem.leading()
+        options = problem.by_unit(both).unflatten(0, (2, -1))  # (2, units, channels, m_c)
+        reached = attained.reshape(2, -1, options.shape[2])
+        chosen = reached.argmax(0)  # (units, channels)
+        values = reached.amax(0).T
+        left = options.gather(0, chosen[None, :, :, None].expand(1, *options.shape[1:]))[0].permute(1, 2, 0)
+        right = right * (1 - 2 * chosen.T)[:, None]
+    return UnitDirections(
+        channels.out.whole(left),
+        values.square().mean(0).sqrt(),
+        channels.into.whole(right),
+        captured,
+        parts=values,
+    )
+
+
+def _of_members(pairs: Sequence[StackedPair], units: int, name: str) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Left (members, O, k), values (members, k), right (members, I, k) of all members' matrices, in one SVD."""
+    first = pairs[0]
+    exponent, blocks = first.exponent, first.blocks
+    if len(pairs) > 1:
+        exponent = torch.stack([pair.exponent for pair in pairs]).amax()
+        shares = [torch.exp2((pair.exponent - exponent).to(first.dtype)) for pair in pairs]
+        blocks = torch.stack([pair.blocks * share for pair, share in zip(pairs, shares, strict=True)]).sum(0)
+    power = float(exponent)
+    if not math.isfinite(power):
+        raise GrowthError(
+            f"non-finite values (NaN or inf) in layer {name!r}; the loss has diverged or overflowed: skip this batch, "
+            "lower the learning rate, or pass the GradScaler as loss_scale"
+        )
+    rank = min(units, *blocks.shape[1:])
+    captured = 1.0
+    if min(blocks.shape[1:]) <= _SMALL_SIDE:
+        wide = blocks.double().cpu()
+        if blocks.dtype == torch.float32 and wide.shape[1] <= wide.shape[2]:
+            # float64 holds the squares of what float32 tells apart
+            left = torch.linalg.eigh(wide @ wide.mT).eigenvectors.flip(-1)[..., :rank]
+        else:
+            left = torch.linalg.svd(wide, full_matrices=False).U[..., :rank]
+        left = left * fixed_signs(left)
+        pulled = wide.mT @ left
+        values = torch.linalg.vector_norm(pulled, dim=1)
+        right = pulled / values.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
+        left, values, right = (each.to(first.device, first.dtype) for each in (left, values * 2.0**power, right))
+    else:
+        solved = solve(list(blocks), rank, names=[name] * len(blocks))
+        left, values, right = (torch.stack(each) for each in zip(*solved, strict=True))
+        captured, values = min(found.captured for found in solved), scale_by_power(values, exponent)
+    return left, values, right, captured

@@ -44,6 +44,8 @@ def pricing(model: nn.Module, sites: Sites) -> Price:
             source = call.node.args[0] if call.kind == "conv_transpose" else call.node
             shape = source.meta["val"].shape  # type: ignore[union-attr]
             products = lengths[call.weight] * math.prod(shape) / shape[call.channel]
+            if call.kind == "stacked":  # each member's output is made by its own matrix
+                products /= shape[call.letters()[2].index("g")]
             if call.part is not None:
                 products *= size(call.part[1], sizes) / size(graph.tensor_dims[call.weight][call.out_dim], sizes)  # type: ignore[union-attr]
             flops += 2.0 * products

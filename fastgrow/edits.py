@@ -229,8 +229,7 @@ class EditBuilder:
             part = start.bias
         value = part.get(slot.layer)
         if value is not None:
-            canonical = slot.role == "bias" or (slot.dim == 0) == (slot.role == "producer")
-            return value if canonical else value.transpose(0, 1)
+            return value if slot.role == "bias" else slot.own(value)
         if slot.tensor in start.values:
             return start.values[slot.tensor]
         if slot.role in ZERO_ROLES:

@@ -41,20 +41,36 @@ class FunctionalLayers(TorchFunctionMode):
             return result
         # Looked up anew: FSDP puts full parameters in the places of sharded ones for the call.
         by_weight = {id(getattr(module, leaf)): name for name, (module, leaf) in self._places.items()}
-        name, at = ("mat1", 1) if kind == "addmm" else ("input", 0)  # addmm takes the bias first
-        x = kwargs.get(name, args[at] if len(args) > at else None)
-        for operand in (*args[at + 1 :], *kwargs.values()):
-            if not isinstance(operand, Tensor) or operand is x or operand.dim() < 2:
+        operands = _operands(kind, args, kwargs)
+        for at, operand in enumerate(operands):
+            # a stack of matrices may stand on the left, a weight of two dimensions is read from the right
+            if operand.dim() < (2 if at else 3):
                 continue
             layer = by_weight.get(id(operand)) or by_weight.get(id(operand._base))
-            if layer is not None and isinstance(x, Tensor):
-                self._saw(layer, layer in self._producers, layer in self._consumers, x, result)
+            if layer is not None and len(operands) > 1:
+                self._saw(layer, layer in self._producers, layer in self._consumers, operands[not at], result)
         return result
 
 
+def _operands(kind: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors that are multiplied, what the layer reads first where the order is fixed; a bias may follow."""
+    values = list(args)
+    if kind == "einsum":
+        values = [each for value in args[1:] for each in (value if isinstance(value, (list, tuple)) else [value])]
+    elif kind in _BIAS_FIRST:
+        names = ("batch1", "batch2") if kind == "baddbmm" else ("mat1", "mat2")
+        given = [kwargs[name] for name in names if name in kwargs]
+        values = [*values[1:], *given]
+    else:
+        first = [kwargs["input"]] if "input" in kwargs else []
+        values = [*first, *values, *(value for name, value in kwargs.items() if name != "input")]
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+_BIAS_FIRST = frozenset(("addmm", "baddbmm"))
 _WEIGHTED = frozenset(
     "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d embedding addmm mm matmul "
-    "__matmul__".split()
+    "__matmul__ bmm baddbmm einsum".split()
 )
 
 

@@ -11,12 +11,12 @@ from torch.fx import Node
 from .errors import GrowthError
 from .layout import Leaf
 from .names import find_module
-from .operators import ConvFlattenLinearPair, ConvPair, LinearMap, LinearPair, SumMap
+from .operators import ConvFlattenLinearPair, ConvPair, LinearMap, LinearPair, StackedPair, SumMap
 from .replay import Capture, Replay, ReplayMap, derivative_from_the_right
 from .sites import LayerCall, Site, Sites
 from .sites.nodes import bind, conv_padding, module_of, plain_name, short_name
 
-__all__ = ["growth_map"]
+__all__ = ["growth_map", "stacked_pairs"]
 
 _PASSES = frozenset(
     "dropout feature_dropout alpha_dropout feature_alpha_dropout contiguous clone alias detach to view reshape flatten "
@@ -56,7 +56,7 @@ def plain_chain(sites: Sites, site: Site) -> Chain | None:
     producer, consumer = calls
     if producer.part is not None or consumer.part is not None:
         return None
-    if producer.kind not in ("linear", "conv") or consumer.kind not in ("linear", "conv"):
+    if {producer.kind, consumer.kind} - {"linear", "conv"} and {producer.kind, consumer.kind} != {"stacked"}:
         return None
     inside = set(site.middle)
     node, slope, norm = producer.node, 1.0, None
@@ -73,6 +73,8 @@ def plain_chain(sites: Sites, site: Site) -> Chain | None:
         if kind == "batch_norm" and norm is None:
             norm = node
             continue
+        if kind == "add" and _adds_newborn_zeros(sites, site, node):
+            continue
         derivative = derivative_from_the_right(node)
         if derivative is None:
             return None
@@ -85,6 +87,14 @@ def plain_chain(sites: Sites, site: Site) -> Chain | None:
     return None
 
 
+def _adds_newborn_zeros(sites: Sites, site: Site, node: Node) -> bool:
+    """Whether an addition adds a parameter whose new entries are zero (a bias of its own)."""
+    assert sites.graph is not None
+    names = {sites.graph.trace.tensors.get(arg.name) for arg in node.all_input_nodes if arg.op == "placeholder"}
+    shifts = {slot.tensor for slot in site.slots_of("shift")}
+    return len(node.all_input_nodes) == 2 and len(names & shifts) == 1
+
+
 def _fits(sites: Sites, site: Site, producer: LayerCall, consumer: LayerCall) -> bool:
     """The layouts that the pairs of stored tensors assume: bare, or channels x positions behind a flatten."""
     assert sites.graph is not None
@@ -93,6 +103,11 @@ def _fits(sites: Sites, site: Site, producer: LayerCall, consumer: LayerCall) ->
     hidden = sites.graph.dims[producer.node]
     if not isinstance(out, Leaf):
         return False
+    if producer.kind == "stacked":
+        if not (site.separate and isinstance(into, Leaf)):
+            return False
+        assert consumer.source is not None
+        return list(hidden) == list(sites.graph.dims[consumer.source])
     if producer.kind == "conv":
         if not _even(producer) or len(hidden) != len(sites.graph.tensor_dims[producer.weight]):
             return False
@@ -179,12 +194,50 @@ def _pair(model: nn.Module, site: Site, chain: Chain, capture: Capture, weight: 
             return None
         centred = module.training or bound["running_mean"] is None
         scale *= (float(bound["eps"]) if centred else 1.0 + float(bound["eps"])) ** -0.5
+    if chain.producer.kind == "stacked":
+        return _stacked_pair(chain, h, dz, scale, bias)
     if chain.producer.kind == "linear":
         return LinearPair(dz.reshape(-1, dz.shape[-1]), h.reshape(-1, h.shape[-1]), scale, bias)
     geometry = _geometry(chain.producer)
     if chain.consumer.kind == "linear":
         return ConvFlattenLinearPair(dz, h, geometry, scale, bias)
     return ConvPair(dz, h, geometry, _geometry(chain.consumer), scale, bias, centred=centred)
+
+
+def _stacked_pair(chain: Chain, h: Tensor, dz: Tensor, scale: float, bias: bool) -> StackedPair:
+    """Both tensors as (G, N, channels), samples in the order that they have between the two layers."""
+    read, _, between = chain.producer.letters()
+    taken, _, out = chain.consumer.letters()
+    same = dict(zip(taken, between, strict=True))  # what lies between is one tensor, read under other letters
+    out = "".join(letter if letter == "o" else same[letter] for letter in out)
+    rest = [letter for letter in between if letter not in "go"]
+    if "g" not in read:
+        h, read = h.expand(dz.shape[out.index("g")], *h.shape), f"g{read}"
+    grad = dz.permute([out.index(letter) for letter in ("g", *rest, "o")])
+    data = h.permute([read.index(letter) for letter in ("g", *rest, "i")])
+    if data.shape[0] != grad.shape[0]:  # one input for all members
+        data = data.expand(grad.shape[0], *data.shape[1:])
+    members = grad.shape[0]
+    return StackedPair(
+        grad.reshape(members, -1, grad.shape[-1]), data.reshape(members, -1, data.shape[-1]), scale, bias
+    )
+
+
+def stacked_pairs(
+    model: nn.Module,
+    sites: Sites,
+    site: Site,
+    captures: Sequence[Capture],
+    weights: Sequence[float],
+    *,
+    bias: bool = False,
+) -> list[StackedPair]:
+    """The growth matrices of a stack's members, batch by batch; none where its middle is not elementwise."""
+    chain = plain_chain(sites, site) if site.stacked and site.separate else None
+    if chain is None:
+        return []
+    pairs = [_pair(model, site, chain, *each, bias) for each in zip(captures, weights, strict=True)]
+    return [pair for pair in pairs if isinstance(pair, StackedPair)]
 
 
 def _seen(tensors: dict[tuple[str, int], Tensor], name: str, missing: str) -> Tensor:

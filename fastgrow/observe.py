@@ -367,8 +367,9 @@ class observe:
         given = {p: leaf for p, leaf in argument_paths(self.model, args, kwargs) if isinstance(leaf, Tensor)}
         graph = self.sites.graph
         batch.capture.arguments = tuple(given.get(path) for path in graph.trace.paths) if graph is not None else ()
-        first = next((tensor for tensor in given.values() if tensor.dim()), None)
-        batch.capture.samples = 1 if first is None else len(first)
+        path, first = next(((p, tensor) for p, tensor in given.items() if tensor.dim()), ("", None))
+        along = graph.samples_at.get(path, 0) if graph is not None else 0
+        batch.capture.samples = 1 if first is None else first.shape[along]
         texts = FlatTexts(len(first)) if first is not None and first.dim() == 1 else None
         if texts is not None:
             texts.__enter__()

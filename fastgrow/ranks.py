@@ -72,8 +72,13 @@ class ActivationRanks:
         return torch.zeros(units, units, dtype=torch.float64, device=device)
 
     def _consumer(self, site: Site) -> tuple[nn.Module, Tensor]:
+        graph = self.sites.graph
+        # of stacked layers those whose module reads what the product does, its channels last
+        turned = {c.name for c in graph.calls if c.source and (c.bare or c.letters()[0][-1] != "i")} if graph else set()
         for name in site.consumers:
             module, slot = find_module(self.model, name), site.weight(name, "consumer")
+            if name in turned:
+                continue
             inputs = getattr(module, "in_channels", None) or getattr(module, "in_features", None)
             if module is not None and (inputs is None or inputs == size(slot.layout, self._sizes)):
                 return module, whole_unit_positions(slot.layout, site.axis, self._sizes)

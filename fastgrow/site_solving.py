@@ -64,20 +64,27 @@ class SiteSolving:
     def by(
         self, solver: Solver, targets: Sequence[Site], captures: Sequence[Capture], weights: Sequence[float]
     ) -> dict[str, Directions]:
-        """What another solver makes of every target whose units are single channels; after `directions`."""
+        """What another solver makes of every target whose units are single channels; after `directions`.
+
+        Units with channels apart from each other are for solvers made for them (`fastgrow.site_view.for_parts`).
+        """
+        parts = bool(getattr(solver, "for_parts", False))
         return {
             site.name: self._pooled(
                 site, captures, weights, partial(self._view, solver, site, self._maps.get(site.name))
             )
             for site in targets
-            if not has_blocks(site)
+            if not has_blocks(site) or (parts and not site.gates)
         }
 
     def _alone(self, site: Site, captures: Sequence[Capture], weights: Sequence[float]) -> Directions:
         """One site's directions from these tensors and no others."""
         rank = self.rank[site.name]
         if has_blocks(site):
-            return block_directions(self.model, self.sites, site, captures, weights, rank)
+            signed = site.name in self.signed
+            return block_directions(
+                self.model, self.sites, site, captures, weights, rank, bias=self.bias, signed=signed
+            )
         mapping = self._map(site, captures, weights)
         (found,) = solve([mapping], min(rank, *mapping.shape), names=[site.name])
         return self._pairs(site, captures, weights, found, solve) if site.name in self.signed else found

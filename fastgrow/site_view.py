@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 from torch import nn
 
@@ -14,7 +15,7 @@ from .replay import Capture
 from .sites import Site, Sites
 from .solve import Directions
 
-__all__ = ["SiteView", "Solver"]
+__all__ = ["SiteView", "Solver", "for_parts"]
 
 
 @dataclass(frozen=True)
@@ -47,3 +48,11 @@ class SiteView:
 
 Solver = Callable[[SiteView], Directions]
 """Another way to solve a site's growth than by M's leading directions."""
+
+_Function = TypeVar("_Function", bound=Callable[..., Directions])
+
+
+def for_parts(solver: _Function) -> _Function:
+    """Marks a solver that also takes sites whose units have a channel in each of several groups or members."""
+    solver.for_parts = True  # type: ignore[attr-defined]
+    return solver

@@ -86,6 +86,28 @@ def test_units_of_several_channels_keep_the_function_and_learn(name: str, site_n
     assert loss_of().item() < before
 
 
+class _ReGLU(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.gate(x)) * self.up(x))
+
+
+def test_a_gates_relu_needs_no_pairs() -> None:
+    torch.manual_seed(0)
+    model, x, y = _ReGLU().double(), torch.randn(9, 4).double(), torch.randint(3, (9,))
+    sites, loss_of = fg.find_sites(model, x), classification(model, x, y)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    report = fg.grow(model, {"gate": 3}, sites=sites, optimizer=optimizer, closure=loss_of)
+    loss_of().backward()
+    assert report.sites[0].predicted_gain == pytest.approx(model.up.weight.grad[6:].square().sum().item(), rel=1e-6)
+    for relu in ("pairs", "epsilon"):
+        with pytest.raises(fg.GrowthError, match="random gate"):
+            fg.grow(model, {"gate": 2}, fg.how.GradMax(relu=relu), sites=sites, closure=loss_of)
+
+
 @pytest.mark.parametrize("name", ["plain", "residual", "branching", "gated"])
 @pytest.mark.parametrize("how", [fg.how.GradMax(), fg.how.Random(), fg.how.ZeroOutgoing()], ids=lambda how: how.name)
 def test_all_sites_at_once_keep_the_output_in_float32(name: str, how: fg.how.How) -> None:

@@ -55,6 +55,37 @@ def test_measurements(example: ModuleType, protocol: str, tmp_path: Path) -> Non
             assert all(mine >= theirs * (1 - 1e-5) for mine, theirs in zip(best, other, strict=True))
 
 
+@pytest.mark.parametrize("case", ["small", "large"])
+def test_seeds_trained_at_once_are_those_trained_alone(example: ModuleType, case: str) -> None:
+    """In float64 400 steps carry roundings of 1e-16 no further than 1e-9."""
+    arguments = ["--case", case, "--seeds", "3", "--steps", "405" if case == "small" else "505"]
+    methods = ["gradmax", "baseline_small", "baseline_big"]
+    torch.set_default_dtype(torch.float64)
+    try:
+        together = example.main([*arguments, "--methods", *methods])
+        alone = example.main([*arguments, "--alone", "--methods", *methods])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert together["stacked"] == dict.fromkeys(methods, True)
+    assert alone["stacked"] == dict.fromkeys(methods, False)
+    for method in methods:
+        assert together["final_loss"][method] == pytest.approx(alone["final_loss"][method], rel=1e-9)
+        for mine, theirs in zip(together["curves"][method], alone["curves"][method], strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-9)
+    for mine, theirs in zip(together["relative_norms"]["gradmax"], alone["relative_norms"]["gradmax"], strict=True):
+        assert [norm for _, norm in mine] == pytest.approx([norm for _, norm in theirs], rel=1e-9)
+
+
+def test_seeds_train_at_once_where_a_stack_grows_as_each_alone(example: ModuleType) -> None:
+    short = ["--case", "small", "--seeds", "2", "--steps", "210", "--methods"]
+    found = example.main([*short, "gradmax_opt", "gradmax_inverse", "random", "zero_both", "zero_outgoing", "net2net"])
+    assert [method for method, together in found["stacked"].items() if not together] == ["net2net"]
+    assert list(found["growth_cost_ms"]) == list(found["growth_ms"]) == list(found["stacked"])
+    assert all(torch.tensor(values).isfinite().all() for values in found["final_loss"].values())
+    losses = found["final_loss"]["random"]
+    assert losses[0] != losses[1]
+
+
 def test_the_full_schedules_of_the_paper(example: ModuleType) -> None:
     small, large = example.CASES["small"], example.CASES["large"]
     assert small.growths == {200: 1, 400: 1, 600: 1, 800: 1, 1000: 1}

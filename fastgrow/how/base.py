@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import GrowthError
 from ..layout import new_positions, restricted_size, unit_positions, whole_unit_positions
+from ..members import Channels, Side
 from ..names import find_module
 from ..site_view import SiteView
 from ..sites import Site, Sites, Slot, tensors_of
 from ..solve import Directions
+from .units import gather
 
 if TYPE_CHECKING:
     from ..rehearsal import Rehearsal
@@ -74,11 +78,9 @@ class Newborns:
         return {**self.sizes, self.site.axis: self.steps}
 
     def weight(self, layer: str, role: str) -> Tensor:
-        """A producer's or consumer's present weight as (out, in, *kernel)."""
+        """A producer's or consumer's present weight as (out, in, *kernel); of a stacked layer (out, in, members)."""
         slot = self.site.weight(layer, role)
-        tensor = self.tensors[slot.tensor].detach()
-        is_out_first = (slot.dim == 0) == (role == "producer")
-        return tensor if is_out_first else tensor.transpose(0, 1)
+        return slot.canonical(self.tensors[slot.tensor].detach())
 
     def shape(self, layer: str, role: str) -> tuple[int, ...]:
         """Of a layer's new part: (new rows, in, *kernel), or (out, new columns, *kernel)."""
@@ -86,6 +88,11 @@ class Newborns:
         out, into, *kernel = self.weight(layer, role).shape
         count = restricted_size(slot.layout, self.site.axis, self._grown)
         return (count, into, *kernel) if role == "producer" else (out, count, *kernel)
+
+    def fan_in(self, layer: str) -> int:
+        """The inputs of one output of a producer; in a stack those of one member."""
+        shape = self.shape(layer, "producer")
+        return math.prod(shape[1:2] if self.site.weight(layer, "producer").members is not None else shape[1:])
 
     def positions(self, layer: str, role: str) -> Tensor:
         """(steps, positions of one step): where each new unit lies among a layer's new rows or columns."""
@@ -125,20 +132,23 @@ class Newborns:
         result, offset = {}, 0
         for slot in self.site.slots_of("bias"):
             positions = unit_positions(slot.layout, self.site.axis, self._grown).to(vectors.device)
-            count = positions.shape[1]
-            target = vectors.new_empty(positions.numel())
-            target[positions.reshape(-1)] = vectors[offset : offset + count].T.reshape(-1)
-            result[slot.tensor] = target.to(self.tensors[slot.tensor].dtype)
+            tensor = self.tensors[slot.tensor]
+            rest = [extent for dim, extent in enumerate(tensor.shape) if dim != slot.dim]  # a stack's: (members, 1)
+            count = positions.shape[1] * math.prod(rest)
+            target = vectors.new_empty(positions.numel(), *rest)
+            target[positions.reshape(-1)] = vectors[offset : offset + count].T.reshape(-1, *rest)
+            result[slot.tensor] = target.movedim(0, slot.dim).to(tensor.dtype)
             offset += count
         return result
 
     def old_norms(self, role: str) -> Tensor:
-        """(width in steps,) float32: the norm of every present unit's outgoing or incoming weights."""
+        """(width in steps,): the norm of every present unit's outgoing or incoming weights; float32, or float64."""
         names = self.site.producers if role == "producer" else self.site.consumers
         squares: Tensor | float = 0.0
         for name in names:
             slot = self.site.weight(name, role)
-            weight = self.weight(name, role).float()
+            weight = self.weight(name, role)
+            weight = weight if weight.dtype == torch.float64 else weight.float()
             per_position = (
                 weight.square().flatten(1).sum(1)
                 if role == "producer"
@@ -161,13 +171,39 @@ class Newborns:
         first step, however small that was. So the gradient attained is that of a net without the norm, and the units'
         outgoing weights grow with what they learn, where large ones would add their untrained values at once.
         """
-        if norm == "fixed":
-            return scale
+        return scale if norm == "fixed" else self._behind_norms(scale) * self.mean_norm("consumer")
+
+    def _behind_norms(self, scale: float) -> float:
         for passed in self.site.norms:
             module = find_module(self.model, passed.module)
             if passed.kind == "batch_norm" and module is not None and takes_batch_statistics(module):
                 scale *= float(getattr(module, "eps", 1.0)) ** 0.5
-        return scale * self.mean_norm("consumer")
+        return scale
+
+    @cached_property
+    def channels(self) -> Channels:
+        """Where the channels of a unit lie in its vectors, at a site whose units have separate ones."""
+        return Channels.of(self.tensors, self.sizes, self.sites, self.site)
+
+    def side(self, role: str) -> Side:
+        """The same, of the units' incoming ("producer") or outgoing vectors."""
+        return self.channels.into if role == "producer" else self.channels.out
+
+    def part_norms(self, role: str) -> Tensor:
+        """(channels,): the mean norm of the present units' weights in each of a separate site's groups or members."""
+        vectors = gather(self.site, self.tensors, self.sizes, role)
+        vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
+        return torch.linalg.vector_norm(self.side(role).parts(vectors), dim=1).mean(1)
+
+    def outgoing_part_norms(self, scale: float, norm: str) -> Tensor:
+        """(channels,): `outgoing_norm` of each of a separate site's groups or members, from its own present units."""
+        present = self.part_norms("consumer")
+        return torch.full_like(present, scale) if norm == "fixed" else self._behind_norms(scale) * present
+
+    def incoming_part_norms(self, scale: float, norm: str) -> Tensor:
+        """(channels,): the norm of a new unit's incoming weights in each of them: `scale` times the present ones'."""
+        present = self.part_norms("producer")
+        return torch.full_like(present, scale) if norm == "fixed" else scale * present
 
 
 def takes_batch_statistics(norm: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..arguments import choice, number
 from ..errors import GrowthError
 from ..sites import Site
+from ..solve import Directions
 from .base import How, Newborns, Start
 
 __all__ = ["GradMax"]
@@ -25,8 +26,11 @@ class GradMax(How):
     scale, norm: the norm of each new outgoing column: "mean": `scale` times the mean norm of the present
     units' outgoing weights (the paper's experiments: 0.5 for images), behind a batch norm in training mode sqrt(eps)
     times that (`Newborns.outgoing_norm`; App. C advises small weights there); "fixed": `scale` itself; "sigma": as
-    "mean" in total, divided among the columns in proportion to their singular values.
-    bias: count the gradient of the producers' biases as a column of M (the paper leaves it out).
+    "mean" in total, divided among the columns in proportion to their singular values. A unit that has a channel in each
+    group of a grouped convolution, or in each member of a stack of matrices, takes these norms in each by itself: a
+    stack of networks grows as each network alone.
+    bias: count the gradient of the producers' biases as a column of M (the paper leaves it out); not of gated
+    units and attention heads, whose weights alone count.
     relu: what is done where ReLU's subgradient 0 at zero would leave the new units dead. "swap": activation
     modules are replaced by their `fastgrow.nn` twins, equal in the forward pass; "pairs": units come in
     twos, with the same small incoming weights and opposite outgoing ones; "auto": swap where the activation
@@ -56,6 +60,8 @@ class GradMax(How):
         self.epsilon = number("how.GradMax", "epsilon", epsilon, above=0)
 
     def signed(self, site: Site) -> bool:
+        if site.gates:  # the activation is the gate's, which starts away from zero
+            return False
         dead = [a for a in site.activations if a.kind in DEAD_AT_ZERO]
         if self.relu in ("pairs", "epsilon"):
             return bool(dead)
@@ -69,6 +75,12 @@ class GradMax(How):
                     f"site {site.name!r}: {functional[0]} is called as a function, so relu='swap' has no module to "
                     "replace; use nn.ReLU in the model, or relu='auto' (signed pairs)"
                 )
+        dead = any(a.kind in DEAD_AT_ZERO for a in site.activations)
+        if site.gates and dead and self.relu in ("pairs", "epsilon"):
+            raise GrowthError(
+                f"site {site.name!r}: relu={self.relu!r} gives units small incoming weights, but those of gated units "
+                "are a random gate and zeros; use relu='auto'"
+            )
         if self.signed(site) and self.relu != "epsilon" and (units // site.step) % 2:
             raise GrowthError(
                 f"site {site.name!r}: {units} units were asked for, but behind a ReLU that is a function call they "
@@ -92,22 +104,27 @@ class GradMax(How):
         steps = newborns.steps
         left = found.left[:, :steps]
         random = steps - left.shape[1]
-        norms = self._norms(newborns, found.values[:steps], steps)
-        attained = float((found.values[:steps].square() * norms[: left.shape[1]].square()).sum())
+        values = _values(found)[..., :steps]
+        norms = self._norms(newborns, values, steps)
+        attained = float((values.square() * norms[..., : left.shape[1]].square()).sum())
         if random:
-            left = torch.cat([left, _orthogonal_complement(left, random)], 1)
-        outgoing = newborns.split(left * norms, "consumer")
+            left = _completed(newborns, left, random)
+        outgoing = newborns.split(left * _entries(newborns, norms), "consumer")
         gates = getattr(found, "incoming", None)
         incoming = {} if gates is None else newborns.split(gates[:, :steps], "producer")
         return Start(incoming, outgoing=outgoing, captured=found.captured, attained=attained, random=random)
 
     def _norms(self, newborns: Newborns, values: Tensor, steps: int) -> Tensor:
-        """The norm of each new outgoing column: (steps,)."""
-        target = newborns.outgoing_norm(self.scale, self.norm)
-        norms = values.new_full((steps,), target)
+        """The norm of each new outgoing column: (steps,); (channels, steps) where each channel has its own."""
+        target: Tensor | float
+        if values.dim() == 2:
+            target = newborns.outgoing_part_norms(self.scale, self.norm).to(values)[:, None]
+        else:
+            target = newborns.outgoing_norm(self.scale, self.norm)
+        norms = values.new_ones(*values.shape[:-1], steps) * target
         if self.norm == "sigma":
-            known = len(values)
-            norms[:known] = values / values.norm() * target * known**0.5
+            known = values.shape[-1]
+            norms[..., :known] = values / values.norm(dim=-1, keepdim=True) * target * known**0.5
         return norms
 
     def _signed_start(self, newborns: Newborns) -> Start:
@@ -122,10 +139,15 @@ class GradMax(How):
                 f"site {newborns.site.name!r}: {steps} units were asked for, but its growth matrix has rank "
                 f"{len(found.values)}; ask for at most {len(found.values) * (2 if pairs else 1)}"
             )
-        small = self.epsilon * newborns.mean_norm("producer")
-        norms = self._norms(newborns, found.values[:count], count)
-        left, right = found.left[:, :count] * norms, found.right[:, :count] * small
-        attained = float((found.values[:count].square() * norms.square()).sum())
+        values = _values(found)[..., :count]
+        norms = self._norms(newborns, values, count)
+        small: Tensor | float
+        if values.dim() == 2:
+            small = newborns.channels.into.spread(self.epsilon * newborns.part_norms("producer")[:, None])
+        else:
+            small = self.epsilon * newborns.mean_norm("producer")
+        left, right = found.left[:, :count] * _entries(newborns, norms), found.right[:, :count] * small
+        attained = float((values.square() * norms.square()).sum())
         if pairs:
             left = torch.stack([left, -left], 2).flatten(1)
             right = right.repeat_interleave(2, 1)
@@ -138,13 +160,32 @@ class GradMax(How):
         )
 
 
+def _values(found: Directions) -> Tensor:
+    """(k,): what a column of norm 1 attains; (channels, k) where units have separate channels."""
+    parts: Tensor | None = getattr(found, "parts", None)
+    return found.values if parts is None else parts
+
+
+def _entries(newborns: Newborns, norms: Tensor) -> Tensor:
+    """Norms of columns, or of their parts, as they multiply units' outgoing vectors."""
+    return norms if norms.dim() == 1 else newborns.channels.out.spread(norms)
+
+
+def _completed(newborns: Newborns, left: Tensor, count: int) -> Tensor:
+    """The directions and `count` random ones; orthogonal in each channel where units have separate ones."""
+    if not newborns.site.separate:
+        return torch.cat([left, _orthogonal_complement(left, count)], 1)
+    out = newborns.channels.out
+    return torch.cat([left, out.whole(_orthogonal_complement(out.parts(left), count))], 1)
+
+
 def _orthogonal_complement(basis: Tensor, count: int) -> Tensor:
-    """`count` random unit columns, orthogonal to the basis and each other as long as there is room."""
-    columns = torch.randn(basis.shape[0], count, dtype=basis.dtype).to(basis.device)
-    room = min(count, basis.shape[0] - basis.shape[1])
+    """`count` random unit columns, orthogonal to the basis (..., m, k) and each other as long as there is room."""
+    columns = torch.randn(*basis.shape[:-1], count, dtype=basis.dtype).to(basis.device)
+    room = min(count, basis.shape[-2] - basis.shape[-1])
     if room:
-        free = columns[:, :room]
+        free = columns[..., :room]
         for _ in range(2):
-            free = free - basis @ (basis.T @ free)
-        columns = torch.cat([torch.linalg.qr(free).Q, columns[:, room:]], 1)
-    return columns / columns.norm(dim=0)
+            free = free - basis @ (basis.mT @ free)
+        columns = torch.cat([torch.linalg.qr(free).Q, columns[..., room:]], -1)
+    return columns / columns.norm(dim=-2, keepdim=True)

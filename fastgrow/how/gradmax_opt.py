@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..arguments import choice, number, whole
-from ..blocks import has_blocks
 from ..errors import GrowthError
 from ..layout import unit_positions
+from ..members import Side
 from ..replay import Replay, ReplayMap, consumer_gradient
-from ..site_view import SiteView
+from ..site_view import SiteView, for_parts
 from ..sites import Site, tensors_of
 from ..solve import Directions
 from .base import How, Newborns, Start, refuse_mixing
@@ -40,6 +41,7 @@ class GradMaxOpt(How):
     outwards never vanishes, Adam's scaling turns it away from the optimum, and the ascent ends near a vector of signs:
     90 to 95 % of the attainable norm in small cases, where with it the optimum is reached.
 
+    In grouped convolutions and stacks of matrices each group or member is optimised by itself, at its own c.
     Keeps the function (form "outgoing": for f(0) = 0). Costs one observed backward pass and 2 * steps products with M,
     or `steps` replays of the middle. Raises `GrowthError` where GradMax does, for gates and heads, and for a
     ReLU that is a function call with form="outgoing".
@@ -68,10 +70,10 @@ class GradMaxOpt(How):
         self.starts_at_zero = self.reads_growth = form == "outgoing"
 
     def check(self, site: Site, units: int) -> None:
-        if has_blocks(site):
+        if site.gates or site.heads:
             raise GrowthError(
-                f"site {site.name!r}: how.GradMaxOpt optimises weights that meet in a plain middle, not gates, heads "
-                "or grouped channels; use how.GradMax"
+                f"site {site.name!r}: how.GradMaxOpt optimises weights that meet in a plain middle, not gates and "
+                "heads; use how.GradMax"
             )
         if self.form == "incoming":
             refuse_mixing(self, site)
@@ -83,35 +85,26 @@ class GradMaxOpt(How):
                 "nn.ReLU in the model, how.GradMaxOpt(form='incoming'), or how.GradMax (signed pairs)"
             )
 
+    @for_parts
     def solve(self, view: SiteView) -> Directions:
         newborns = Newborns(view.model, view.sites, view.site, view.rank * view.site.step)
-        target = self._target(newborns)
+        sphere = _Sphere.of(newborns, self)
         if self.form == "outgoing":
-            return self._solve_outgoing(view, target)
-        return self._solve_incoming(view, target)
+            return self._solve_outgoing(view, sphere)
+        return self._solve_incoming(view, sphere)
 
-    def _target(self, newborns: Newborns) -> float:
-        if self.form == "outgoing":
-            return newborns.outgoing_norm(self.scale, self.norm)
-        return self.scale if self.norm == "fixed" else self.scale * newborns.mean_norm("producer")
-
-    def _projected(self, columns: Tensor, target: float) -> Tensor:
-        if self.project == "columns":
-            return columns * (target / columns.norm(dim=0))
-        return columns * (target * columns.shape[1] ** 0.5 / columns.norm())
-
-    def _solve_outgoing(self, view: SiteView, target: float) -> Directions:
+    def _solve_outgoing(self, view: SiteView, sphere: _Sphere) -> Directions:
         growth = view.growth
         start = torch.randn(growth.shape[0], view.rank, dtype=growth.dtype).to(growth.device)
 
         def slope(columns: Tensor) -> Tensor:
             return growth.unit_matmat(growth.unit_rmatmat(columns))
 
-        left = self._ascend(start, target, slope)
+        left = self._ascend(start, sphere, slope)
         pulled = growth.rmatmat(left)
         return Directions(left, pulled.norm(dim=0), pulled)
 
-    def _solve_incoming(self, view: SiteView, target: float) -> Directions:
+    def _solve_incoming(self, view: SiteView, sphere: _Sphere) -> Directions:
         parts, largest = _outgoing_gradients(view)
         present = gather(view.site, tensors_of(view.model), view.sites.sizes(view.model), "producer")
         start = torch.randn(present.shape[0], view.rank, dtype=largest.dtype).to(present.device)
@@ -121,24 +114,22 @@ class GradMaxOpt(How):
                 free = columns.detach().requires_grad_()
                 return torch.autograd.grad(parts(free).sum(), free)[0]
 
-        right = self._ascend(start, target, slope)
+        right = self._ascend(start, sphere, slope)
         values = parts(right).sqrt() * largest
         return Directions(right.new_zeros(0, view.rank), values, right)
 
-    def _ascend(self, columns: Tensor, target: float, slope: Callable[[Tensor], Tensor]) -> Tensor:
+    def _ascend(self, columns: Tensor, sphere: _Sphere, slope: Callable[[Tensor], Tensor]) -> Tensor:
         """Adam, uphill, scaled back after each step."""
-        columns = self._projected(columns, target)
+        columns = sphere.projected(columns)
         first, second = torch.zeros_like(columns), torch.zeros_like(columns)
         for step in range(1, self.steps + 1):
             gradient = slope(columns)
             if self.tangent:
-                over = 0 if self.project == "columns" else (0, 1)
-                share = (gradient * columns).sum(over, keepdim=True) / columns.square().sum(over, keepdim=True)
-                gradient = gradient - share * columns
+                gradient = sphere.along(gradient, columns)
             first.lerp_(gradient, 0.1)
             second.lerp_(gradient.square(), 0.001)
             size = (second / (1 - 0.999**step)).sqrt() + 1e-30
-            columns = self._projected(columns + self.rate / (1 - 0.9**step) * first / size, target)
+            columns = sphere.projected(columns + self.rate / (1 - 0.9**step) * first / size)
         return columns
 
     def start(self, newborns: Newborns) -> Start:
@@ -159,6 +150,44 @@ class GradMaxOpt(How):
         if self.form == "outgoing":
             return Start(outgoing=newborns.split(found.left, "consumer"), attained=attained)
         return Start(newborns.split(found.right, "producer"), attained=attained)
+
+
+@dataclass(frozen=True)
+class _Sphere:
+    """The constraint: every column (or the whole matrix) of norm c, of a separate site in each channel by itself."""
+
+    target: Tensor | float  # c; (channels, 1) where each channel has its own
+    whole: bool  # the matrix, not its columns
+    side: Side | None  # where the channels lie
+
+    @classmethod
+    def of(cls, newborns: Newborns, how: GradMaxOpt) -> _Sphere:
+        outgoing = how.form == "outgoing"
+        if newborns.site.separate:
+            norms = newborns.outgoing_part_norms if outgoing else newborns.incoming_part_norms
+            target = norms(how.scale, how.norm)[:, None]
+            return cls(target, how.project == "matrix", newborns.side("consumer" if outgoing else "producer"))
+        if outgoing:
+            size = newborns.outgoing_norm(how.scale, how.norm)
+        else:
+            size = how.scale if how.norm == "fixed" else how.scale * newborns.mean_norm("producer")
+        return cls(size, how.project == "matrix", None)
+
+    def _sums(self, entries: Tensor) -> Tensor:
+        """Sums of (n, k) over each column, or all columns, kept so that they broadcast; (channels, k) of separate."""
+        sums = entries.sum(0, keepdim=True) if self.side is None else self.side.parts(entries).sum(1)
+        return sums.sum(1, keepdim=True) if self.whole else sums
+
+    def _spread(self, parts: Tensor) -> Tensor:
+        return parts if self.side is None else self.side.spread(parts)
+
+    def projected(self, columns: Tensor) -> Tensor:
+        size = self.target * columns.shape[1] ** 0.5 if self.whole else self.target
+        return columns * self._spread(size / self._sums(columns.square()).sqrt()).to(columns.dtype)
+
+    def along(self, gradient: Tensor, columns: Tensor) -> Tensor:
+        """The gradient's part that keeps the norms."""
+        return gradient - self._spread(self._sums(gradient * columns) / self._sums(columns.square())) * columns
 
 
 def _outgoing_gradients(view: SiteView) -> tuple[Callable[[Tensor], Tensor], Tensor]:

@@ -15,7 +15,8 @@ class Random(How):
     """Incoming weights zero, outgoing weights random, with GradMax's norms: the function stays what it was.
 
     Each unit's outgoing column is drawn from N(0, 1) (or U[-1, 1]) and given the norm `scale` times the
-    mean norm of the present units' outgoing weights (as in GradMax), or `scale` itself with norm="fixed".
+    mean norm of the present units' outgoing weights (as in GradMax), or `scale` itself with norm="fixed"; in each
+    group of a grouped convolution and each member of a stack by itself.
     Costs nothing. (GradMax paper, section 4; the public code draws from U[0, 1], all positive.)
     """
 
@@ -28,15 +29,28 @@ class Random(How):
 
     def start(self, newborns: Newborns) -> Start:
         columns = random_columns(newborns, self.distribution)
-        target = newborns.outgoing_norm(self.scale, self.norm)
+        target: Tensor | float
+        if newborns.site.separate:
+            parts = newborns.outgoing_part_norms(self.scale, self.norm)[:, None]
+            target = newborns.channels.out.spread(parts)
+        else:
+            target = newborns.outgoing_norm(self.scale, self.norm)
         return Start(outgoing=newborns.split(columns * target, "consumer"))
 
 
 def random_columns(newborns: Newborns, distribution: str = "normal") -> Tensor:
-    """(length, steps) float32: a random outgoing vector of norm 1 for each new unit."""
+    """(length, steps) float32: a random outgoing vector for each new unit.
+
+    Of norm 1; of a unit that has channels in several groups or members (`Site.separate`) in each of them.
+    """
     parts = [newborns.shape(name, "consumer") for name in newborns.site.consumers]
     length = sum(torch.Size(shape).numel() for shape in parts) // newborns.steps
     device = newborns.weight(newborns.site.consumers[0], "consumer").device
     drawn = torch.empty(length, newborns.steps)
     drawn = drawn.normal_() if distribution == "normal" else drawn.uniform_(-1, 1)
-    return (drawn / drawn.norm(dim=0)).to(device)
+    if newborns.site.separate:
+        out = newborns.channels.out
+        norms = out.spread(out.parts(drawn).norm(dim=1))
+    else:
+        norms = drawn.norm(dim=0)
+    return (drawn / norms).to(device)

@@ -64,10 +64,10 @@ class Splitting(How):
 
     def check(self, site: Site, units: int) -> None:
         refuse_mixing(self, site)
-        if has_blocks(site) or site.multiple > site.step:
+        if has_blocks(site) or site.stacked or site.multiple > site.step:
             raise GrowthError(
-                f"site {site.name!r}: how.Splitting splits units one by one, not gates, heads or groups of channels; "
-                "use how.Net2Net"
+                f"site {site.name!r}: how.Splitting splits units one by one, not gates, heads, groups of channels or "
+                "stacks of matrices; use how.Net2Net"
             )
 
     def _surrogates(self) -> dict[str, Callable[..., Tensor]]:

@@ -45,10 +45,10 @@ class TINY(How):
         self.starts_at_zero = self.amplitude == 0
 
     def check(self, site: Site, units: int) -> None:
-        if has_blocks(site):
+        if has_blocks(site) or site.stacked:
             raise GrowthError(
-                f"site {site.name!r}: how.TINY whitens weights that meet in a plain middle, not gates, heads or "
-                "grouped channels; use how.GradMax"
+                f"site {site.name!r}: how.TINY whitens weights that meet in a plain middle, not gates, heads, "
+                "grouped channels or stacks of matrices; use how.GradMax"
             )
         if self.amplitude:
             refuse_mixing(self, site)

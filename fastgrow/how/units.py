@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from ..layout import Sizes, whole_unit_positions
+from ..layout import Leaf, Sizes, whole_unit_positions
 from ..sites import Site, Slot
 
 __all__ = ["gather", "names_of", "scatter_"]
@@ -36,8 +36,8 @@ def _slots(site: Site, role: str) -> list[Slot]:
 
 def _parts(
     site: Site, tensors: Mapping[str, Tensor], sizes: Sizes, role: str, units: Tensor, axes: Axes
-) -> Iterator[tuple[Tensor, tuple[Tensor, ...], int]]:
-    """(tensor, grid of the units' entries, dimension of the units) of each layer."""
+) -> Iterator[tuple[Tensor, tuple[Tensor, ...], Slot]]:
+    """(tensor, grid of the units' entries, where the units lie) of each layer."""
     for slot in _slots(site, role):
         tensor = tensors[slot.tensor]
         chosen = dict(axes.get(slot.tensor, {}))
@@ -47,15 +47,15 @@ def _parts(
             positions.to(tensor.device).reshape([-1 if at == dim else 1 for at in range(len(index))])
             for dim, positions in enumerate(index)
         )
-        yield tensor, grid, slot.dim
+        yield tensor, grid, slot
 
 
-def _canonical(piece: Tensor, dim: int, role: str, count: int) -> Tensor:
+def _canonical(piece: Tensor, slot: Slot, count: int) -> Tensor:
     """A layer's entries of some units -> (units, entries of one)."""
-    if role == "consumer":
-        piece = piece if dim == 1 else piece.transpose(0, 1)  # (out, columns, *kernel)
+    if slot.role == "consumer":
+        piece = slot.canonical(piece)  # (out, columns, *kernel)
         return piece.reshape(piece.shape[0], count, -1, *piece.shape[2:]).movedim(1, 0).reshape(count, -1)
-    piece = piece if dim == 0 else piece.transpose(0, 1)  # (rows, in, *kernel)
+    piece = slot.canonical(piece) if slot.role == "producer" else piece.movedim(slot.dim, 0)  # (rows, in, *kernel)
     return piece.reshape(count, -1)
 
 
@@ -68,12 +68,16 @@ def gather(
     axes: Axes | None = None,
 ) -> Tensor:
     """(length, units): the vectors of some units (all by default). role: "producer", "consumer" or "bias"."""
+    slots = _slots(site, role)
+    if units is None and not axes and all(slot.layout == Leaf(site.axis) for slot in slots):
+        whole = [_canonical(tensors[slot.tensor].detach(), slot, sizes[site.axis]) for slot in slots]
+        return (torch.cat(whole, 1) if len(whole) > 1 else whole[0]).T
     units = torch.arange(sizes[site.axis]) if units is None else units
     if not len(units):
         return gather(site, tensors, sizes, role, torch.zeros(1, dtype=torch.int64), axes)[:, :0]
     pieces = [
-        _canonical(tensor.detach()[grid], dim, role, len(units))
-        for tensor, grid, dim in _parts(site, tensors, sizes, role, units, axes or {})
+        _canonical(tensor.detach()[grid], slot, len(units))
+        for tensor, grid, slot in _parts(site, tensors, sizes, role, units, axes or {})
     ]
     return torch.cat(pieces, 1).T
 
@@ -91,19 +95,18 @@ def scatter_(
     offset, count = 0, len(units)
     if not count:
         return
-    for tensor, grid, dim in _parts(site, tensors, sizes, role, units, axes or {}):
+    for tensor, grid, slot in _parts(site, tensors, sizes, role, units, axes or {}):
         shape = list(torch.broadcast_shapes(*[positions.shape for positions in grid]))
         length = math.prod(shape) // count
         piece = vectors[offset : offset + length].T.to(tensor.dtype)  # (units, entries of one)
         offset += length
-        if role == "consumer":
-            out, columns = (shape[0], shape[1]) if dim == 1 else (shape[1], shape[0])
-            piece = piece.reshape(count, out, columns // count, *shape[2:]).movedim(1, 0)
-            piece = piece.reshape(out, columns, *shape[2:])
-            piece = piece if dim == 1 else piece.transpose(0, 1)
-        elif dim == 0:
-            piece = piece.reshape(shape)
+        if role == "bias":
+            rest = [extent for dim, extent in enumerate(shape) if dim != slot.dim]
+            piece = piece.reshape(shape[slot.dim], *rest).movedim(0, slot.dim)
         else:
-            piece = piece.reshape(shape[1], shape[0], *shape[2:]).transpose(0, 1)
+            first, second, *kernel = (shape[dim] for dim in slot.order(len(shape)))
+            if role == "consumer":
+                piece = piece.reshape(count, first, second // count, *kernel).movedim(1, 0)
+            piece = slot.own(piece.reshape(first, second, *kernel))
         with torch.no_grad():
             tensor[grid] = piece

@@ -60,6 +60,11 @@ class VarianceTransfer(How):
 
     def check(self, site: Site, units: int) -> None:
         refuse_mixing(self, site)
+        if site.stacked:
+            raise GrowthError(
+                f"site {site.name!r}: how.VarianceTransfer scales a layer by one fan-in, not the members of a "
+                "stack; use how.GradMax or how.ZeroOutgoing"
+            )
         if (units // site.step) % 2:
             raise GrowthError(
                 f"site {site.name!r}: {units} units were asked for, but variance transfer adds them in pairs; ask for "

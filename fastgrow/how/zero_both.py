@@ -38,4 +38,6 @@ class ZeroBoth(How):
     def start(self, newborns: Newborns) -> Start:
         site = newborns.site
         slot = (site.slots_of("norm_bias") or site.slots_of("bias"))[-1]
-        return Start(values={slot.tensor: torch.ones(len(newborns.new_positions(slot)))})
+        shape = list(newborns.tensors[slot.tensor].shape)
+        shape[slot.dim] = len(newborns.new_positions(slot))
+        return Start(values={slot.tensor: torch.ones(shape)})

@@ -21,7 +21,7 @@ class ZeroOutgoing(How):
         for name in newborns.site.producers:
             shape = newborns.shape(name, "producer")
             weight = newborns.weight(name, "producer")
-            fan_in = max(1, torch.Size(shape[1:]).numel())
+            fan_in = max(1, newborns.fan_in(name))
             rows = torch.randn(shape, dtype=torch.float32) * (2.0 / fan_in) ** 0.5
             incoming[name] = rows.to(weight.device, weight.dtype)
         return Start(incoming=incoming)

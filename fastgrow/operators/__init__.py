@@ -8,6 +8,7 @@ here hold the two tensors of a site and multiply; `fastgrow.solve` needs nothing
 from .base import LARGEST_EXPONENT, LinearMap, full_precision, scale_by_power
 from .conv import ConvFlattenLinearPair, ConvPair, Geometry
 from .linear import DenseMap, LinearPair, ScaledMap, SumMap
+from .stacked import StackedPair
 
 __all__ = [
     "LARGEST_EXPONENT",
@@ -18,6 +19,7 @@ __all__ = [
     "LinearMap",
     "LinearPair",
     "ScaledMap",
+    "StackedPair",
     "SumMap",
     "full_precision",
     "scale_by_power",

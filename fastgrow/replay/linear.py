@@ -15,7 +15,7 @@ __all__ = ["linear_slopes", "route_of_zeros"]
 
 _LINEAR = frozenset(
     "view reshape _unsafe_view flatten unflatten expand view_as reshape_as dropout feature_dropout alpha_dropout "
-    "feature_alpha_dropout native_dropout contiguous clone alias to _to_copy unsqueeze squeeze permute transpose t "
+    "feature_alpha_dropout native_dropout contiguous clone alias to _to_copy unsqueeze squeeze permute transpose t mT "
     "movedim cat chunk split split_with_sizes slice narrow getitem avg_pool1d avg_pool2d avg_pool3d "
     "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d mean sum neg batch_norm instance_norm conv1d conv2d "
     "conv3d max_pool2d _assert_tensor_metadata".split()

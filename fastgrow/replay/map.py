@@ -30,6 +30,9 @@ def consumer_gradient(node: Node, call: LayerCall, v: Tensor, dz: Tensor) -> Ten
     if call.kind == "linear":
         dz, v = dz.reshape(-1, dz.shape[-1]), v.reshape(-1, v.shape[-1])
         return dz.T @ v
+    if call.kind == "stacked":
+        read, own, out = call.letters()
+        return torch.einsum(f"{out},{read}->{own}", dz, v)
     return _conv_vjp(node, call, v, None, dz)[1]
 
 
@@ -37,6 +40,9 @@ def consumer_pullback(node: Node, call: LayerCall, columns: Tensor, v: Tensor, d
     """Gradient at a consumer's input for its new columns (out, in, *kernel)."""
     if call.kind == "linear":
         return (dz.reshape(-1, dz.shape[-1]) @ columns).reshape(v.shape)
+    if call.kind == "stacked":
+        read, own, out = call.letters()
+        return torch.einsum(f"{out},{own}->{read}", dz, columns).sum_to_size(v.shape)
     return _conv_vjp(node, call, v, columns, dz)[0]
 
 
@@ -100,15 +106,16 @@ class ReplayMap(LinearMap):
         self._in: dict[str, tuple[int, ...]] = {}
         for name in self._site.producers:
             slot = self._site.weight(name, "producer")
-            shape = _canonical(replay.tensors[slot.tensor].shape, slot.dim, out=True)
+            shape = _canonical(replay.tensors[slot.tensor].shape, slot)
             rows = restricted_size(slot.layout, self._site.axis, one)
             self._in[name] = (rows, *shape[1:])
             if bias and any(slot.layer == name and slot.role == "bias" for slot in self._site.slots):
-                self._in[f"{name}.bias"] = (rows,)
+                members = shape[2:] if slot.members is not None else ()
+                self._in[f"{name}.bias"] = (rows, *members)
         self._out: dict[str, tuple[int, ...]] = {}
         for name in self._site.consumers:
             slot = self._site.weight(name, "consumer")
-            shape = _canonical(replay.tensors[slot.tensor].shape, slot.dim, out=False)
+            shape = _canonical(replay.tensors[slot.tensor].shape, slot)
             self._out[name] = (shape[0], restricted_size(slot.layout, self._site.axis, one), *shape[2:])
         self.shape = tuple(sum(map(math.prod, shapes.values())) for shapes in (self._out, self._in))  # type: ignore[assignment]
         read = {n: c for n, c in replay.consumers.items() if not replay.unread(*c)} or replay.consumers
@@ -253,8 +260,6 @@ class ReplayMap(LinearMap):
         return {call.name: values[node] for node, (call, _) in self._replay.consumers.items()}
 
 
-def _canonical(shape: Sequence[int], dim: int, *, out: bool) -> tuple[int, ...]:
-    """A weight's shape as (out, in, *kernel), whichever of its first two dimensions ``dim`` is."""
-    is_out_first = (dim == 0) == out
-    first, second, *kernel = shape
-    return (first, second, *kernel) if is_out_first else (second, first, *kernel)
+def _canonical(shape: Sequence[int], slot: Slot) -> tuple[int, ...]:
+    """A weight's shape as (out, in, *kernel)."""
+    return tuple(shape[dim] for dim in slot.order(len(shape)))

@@ -202,7 +202,7 @@ class Replay:
         for user in node.users:
             if user in self.producers:
                 call, number = self.producers[user]
-                if user.args[_INPUT[call.kind] if short_name(user) != "addmm" else 1] is node:
+                if input_node(user, call) is node:
                     return self._producer_input(call, number)
         return None
 
@@ -358,6 +358,14 @@ class Replay:
             result = F.linear(x, weight[span], bias if bias is None else bias[span])
             rank = len(self.graph.dims[node])
             return result.reshape(-1, result.shape[-1]) if rank == 2 and result.dim() > 2 else result
+        if call.kind == "stacked":
+            result = torch.einsum(call.equation, x, weight)
+            if bias is not None:  # (rows, members)
+                out = call.letters()[2]
+                order = bias if out.index("o") < out.index("g") else bias.T
+                shape = [result.shape[at] if letter in "go" else 1 for at, letter in enumerate(out)]
+                result = result + order.reshape(shape)
+            return result
         bound = bind(node)
         if call.kind == "conv_transpose":
             weight = weight.transpose(0, 1)
@@ -448,4 +456,6 @@ _INPUT = {"linear": 0, "conv": 0, "grouped": 0, "conv_transpose": 0, "embedding"
 
 
 def input_node(node: Node, call: LayerCall) -> Node:
+    if call.source is not None:
+        return call.source
     return node.args[1] if short_name(node) == "addmm" else node.args[0]  # type: ignore[return-value]

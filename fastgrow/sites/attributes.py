@@ -32,6 +32,7 @@ _HIDDEN = (
     "hidden_features",
     "mlp_dim",
     "hidden_dim",
+    "expert_dim",
     "inner_dim",
     "d_ff",
     "dim_feedforward",
@@ -62,7 +63,8 @@ def attribute_rules(
             continue
         layout = slot.layout
         groups = getattr(modules[module], "groups", 1)
-        if slot.role == "consumer" and isinstance(groups, int) and groups > 1:  # the weight holds one group's inputs
+        grouped = isinstance(groups, int) and groups > 1 and slot.members is None
+        if slot.role == "consumer" and grouped:  # the weight holds one group's inputs
             group = next(
                 (Leaf(a) for a in axes_of(propagation.tracker.resolve(propagation.tensor_dims[slot.tensor][0]))),
                 None,
@@ -90,6 +92,8 @@ def attribute_rules(
             continue
         for attribute in _ALL_HEADS if heads else _HIDDEN:
             repeat(parent, attribute, layout)
+        if slot.members is not None:  # experts view their input by it
+            repeat(parent, "hidden_size", layout)
         if heads and slot.role == "producer":
             _head_counts(repeat, modules, parent, layout, axis)
     return tuple(rules.values())

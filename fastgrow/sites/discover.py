@@ -239,6 +239,7 @@ class _Assembly:
 
     def _slots(self) -> dict[int, list[Slot]]:
         roles: dict[tuple[str, int], list[tuple[str, str]]] = {}
+        members = {(c.weight, c.name): 3 - c.out_dim - c.in_dim for c in self.p.layers if c.kind == "stacked"}
         for use in self.p.uses:
             entry = roles.setdefault((use.tensor, use.dim), [])
             if (use.role, use.layer) not in entry:
@@ -250,7 +251,8 @@ class _Assembly:
                 for role, layer in roles.get((tensor, dim), [("shift", owner)]):
                     for axis in dict.fromkeys(axes_of(layout)):
                         if self.tracker.frozen(axis) is None:
-                            slots.setdefault(axis, []).append(Slot(tensor, dim, layout, role, layer))
+                            slot = Slot(tensor, dim, layout, role, layer, members.get((tensor, layer)))
+                            slots.setdefault(axis, []).append(slot)
         return slots
 
     def _site(self, axis: int, slots: list[Slot]) -> Site | None:
@@ -278,12 +280,45 @@ class _Assembly:
             step=step,
             heads=heads,
             gates=self._gates(axis, middle, producers),
-            separate=any(c.kind == "grouped" and c.name in (*producers, *consumers) for c in self.p.layers),
+            separate=self._separate(axis, slots, set(middle)),
             attributes=attribute_rules(self.model, slots, self.p, axis, heads),
             activations=self._activations(middle),
             norms=norms,
             middle=tuple(node.name for node in middle),
         )
+
+    def _separate(self, axis: int, slots: Sequence[Slot], inside: set[Node]) -> bool:
+        """Whether a unit falls into channels that never meet: one in each group, or in each member of a stack."""
+        slots = [slot for slot in slots if slot.role in ("producer", "consumer")]
+        names = {slot.layer for slot in slots}
+        calls = [call for call in self.p.layers if call.name in names]
+        if any(call.kind == "grouped" for call in calls):
+            return True
+        stacks = {self.tensor_dims[slot.tensor][slot.members] for slot in slots if slot.members is not None}
+        group = stacks.pop() if len(stacks) == 1 else None
+        if not isinstance(group, Leaf):
+            return False
+        if not all(slot.members is not None or _outermost(slot.layout, group, axis) for slot in slots):
+            return False
+        waiting = [call.node for call in calls if call.node in inside]
+        reached = set(waiting)
+        while waiting:
+            node = waiting.pop()
+            if group.axis not in self.node_axes[node] or self._runs_along(node, group.axis):
+                return False
+            further = [user for user in node.users if user in inside and user not in reached]
+            reached.update(further)
+            waiting += further
+        return True
+
+    def _runs_along(self, node: Node, axis: int) -> bool:
+        """Whether an op that keeps its input's shape joins positions of an axis."""
+        bound = bind(node)
+        along = bound.get("dim", bound.get("dims"))
+        if plain_name(node) not in _JOINING or along is None:
+            return False
+        dims = self.p.dims[node]
+        return any(axis in self.tracker.axes(dims[dim]) for dim in (along if isinstance(along, list) else [along]))
 
     def _step(self, layout: Layout, axis: int) -> int:
         """Positions of the dimension that one step of the axis stands for."""
@@ -368,6 +403,19 @@ def _silent(node: Any, inside: set[Node], quiet: set[Node]) -> bool:
         return any(_silent(arg, inside, quiet) for arg in factors)
     sources = [source for source in node.all_input_nodes if source in inside]
     return all(_silent(source, inside, quiet) for source in sources)
+
+
+_JOINING = frozenset("softmax _softmax log_softmax _log_softmax cumsum flip roll sort".split())
+
+
+def _outermost(layout: Layout, group: Leaf, axis: int) -> bool:
+    """Whether the positions of a unit lie member after member."""
+    match layout:
+        case Product(parts):
+            return parts[0] == group and axis in axes_of(layout)
+        case Concat(parts):
+            return all(_outermost(part, group, axis) for part in parts if axis in axes_of(part))
+    return False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

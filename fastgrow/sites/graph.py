@@ -49,6 +49,7 @@ class Trace:
     constants: Mapping[str, Tensor]  # placeholders of tensors that the code made itself
     shapes: tuple[tuple[int, ...], ...]  # of the example inputs, in order
     outputs: tuple[tuple[int, ...], ...]  # of the model's outputs, in order
+    parameters: frozenset[str] = frozenset()  # placeholders of parameters
 
     @property
     def nodes(self) -> list[Node]:
@@ -61,10 +62,12 @@ class LayerCall:
 
     part: of a linear layer that is called with a slice of its weight (the queries' part of a packed one): the
     outputs before the slice, and its own.
+    equation, source: of a stacked layer, whose weight holds a matrix for each of several members: its product with
+    the weight as (out, in, members), in torch.einsum's letters ("gbi,oig->gbo"), and the node that it reads.
     """
 
     name: str
-    kind: str  # "linear", "conv", "conv_transpose", "grouped", "depthwise", "embedding"
+    kind: str  # "linear", "conv", "conv_transpose", "grouped", "depthwise", "embedding", "stacked"
     node: Node
     weight: str  # name in model.state_dict()
     bias: str | None
@@ -73,6 +76,14 @@ class LayerCall:
     channel: int  # the output's channel dimension
     bare: bool = False  # the op is not all that its module does, or is called without one
     part: tuple[Layout, Layout] | None = None
+    equation: str = ""
+    source: Node | None = None
+
+    def letters(self) -> tuple[str, str, str]:
+        """Of a stacked layer's input, weight and output."""
+        x, _, rest = self.equation.partition(",")
+        weight, _, out = rest.partition("->")
+        return x, weight, out
 
     def span(self, length: Callable[[Layout], int]) -> slice:
         """Where the call's outputs lie among all of the weight's, in layouts of these lengths."""
@@ -91,6 +102,21 @@ class Followed:
     tensor_dims: Mapping[str, tuple[Layout, ...]]
     calls: tuple[LayerCall, ...]
     chains: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # site -> its middle, once read
+
+    @functools.cached_property
+    def samples_at(self) -> dict[str, int]:
+        """Where an input has its samples: input (as in `Trace.paths`) -> dimension, where that is not the first.
+
+        The first one numbers the members of a stack, where each of them reads samples of its own.
+        """
+        stacks = [call for call in self.calls if call.kind == "stacked"]
+        members = {self.tensor_dims[call.weight][3 - call.out_dim - call.in_dim] for call in stacks}
+        nodes = {node.name: node for node in self.trace.nodes if node.op == "placeholder"} if stacks else {}
+        return {
+            path: 1
+            for name, path in zip(self.trace.inputs, self.trace.paths, strict=True)
+            if name in nodes and len(dims := self.dims[nodes[name]]) > 1 and dims[0] in members
+        }
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -336,4 +362,5 @@ def trace_model(model: nn.Module, example_inputs: Any) -> Trace:
     graph = _inline_regions(program.graph_module)
     show_mutations(graph)
     _drop_unread_attention(graph)
-    return Trace(graph, tensors, inputs, paths, constants, shapes, outputs)
+    parameters = frozenset(signature.inputs_to_parameters)
+    return Trace(graph, tensors, inputs, paths, constants, shapes, outputs, parameters)

@@ -25,6 +25,7 @@ class Slot:
     "norm_weight", "norm_bias", "running_mean", "running_var" (of a normalisation), "middle" and
     "middle_bias" (a depthwise convolution's), "slope" (PReLU's), "scale" and "shift" (any other per-channel
     parameter, multiplied or added).
+    members: the dimension of a stacked weight that numbers its matrices, one for each expert or ensemble member.
     """
 
     tensor: str  # name in model.state_dict()
@@ -32,6 +33,26 @@ class Slot:
     layout: Layout
     role: str
     layer: str  # the module that owns it; for a weight used by a function call, the weight's own name
+    members: int | None = None
+
+    def order(self, rank: int) -> tuple[int, ...]:
+        """The dimensions of a producer's or consumer's weight as (out, in, *kernel); members stand last."""
+        if self.members is not None:
+            other = 3 - self.members - self.dim
+            pair = (self.dim, other) if self.role == "producer" else (other, self.dim)
+            return (*pair, self.members)
+        pair = (0, 1) if (self.dim == 0) == (self.role == "producer") else (1, 0)
+        return (*pair, *range(2, rank))
+
+    def canonical(self, weight: Tensor) -> Tensor:
+        """A producer's or consumer's weight as (out, in, *kernel); of a stacked layer (out, in, members)."""
+        order = self.order(weight.dim())
+        return weight if order == tuple(range(weight.dim())) else weight.permute(order)
+
+    def own(self, weight: Tensor) -> Tensor:
+        """The inverse of `canonical`: dimensions in the tensor's own order."""
+        order = self.order(weight.dim())
+        return weight.permute([order.index(dim) for dim in range(len(order))])
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +109,8 @@ class Site:
     width, multiple: in channels; for attention in heads (grouped-query: in groups of heads).
     gates: what must not start at zero, or the growth matrix of the rest vanishes (the gate of a gated MLP,
     queries and keys of attention): a producer, and which part of its output where several share a weight.
-    separate: a unit has one channel in each group of a grouped convolution, with weights of its own.
+    separate: a unit has one channel in each group of a grouped convolution, or in each member of a stack of
+    matrices (`stacked`), with weights of its own.
     """
 
     name: str
@@ -112,6 +134,11 @@ class Site:
         """Every layer with weights on the site: producers, consumers, depthwise ones between."""
         middle = (slot.layer for slot in self.slots if slot.role == "middle")
         return tuple(dict.fromkeys((*self.producers, *middle, *self.consumers)))
+
+    @property
+    def stacked(self) -> bool:
+        """Whether one of its weights holds a matrix for each of several members."""
+        return any(slot.members is not None for slot in self.slots)
 
     def slots_of(self, *roles: str) -> tuple[Slot, ...]:
         return tuple(slot for slot in self.slots if slot.role in roles)

@@ -11,6 +11,8 @@ from ..graph import LayerCall
 from ..nodes import module_of, shape_of, short_name
 from ..propagation import Dims, Propagation, rule
 
+__all__ = ["contract", "inside", "matrix_product"]
+
 
 def _record_layer(p: Propagation, node: Node, kind: str, weight: Any, bias: Any, out_dim: int, channel: int) -> None:
     name, bias_name, part = p.tensor(weight), p.tensor(bias), None
@@ -46,19 +48,20 @@ def _is_bare(node: Node, layer: str) -> bool:
     if module_of(node) != layer:
         return True
     source: Any = node.args[1 if short_name(node) == "addmm" else 0]
-    while _inside(source, layer) and short_name(source) in _WRAPPING:
+    while inside(source, layer) and short_name(source) in _WRAPPING:
         source = source.args[0]
     readers, waiting = [], list(node.users)
     while waiting:
         reader = waiting.pop()
-        if _inside(reader, layer) and short_name(reader) in _WRAPPING:
+        if inside(reader, layer) and short_name(reader) in _WRAPPING:
             waiting += reader.users
         else:
             readers.append(reader)
-    return any(_inside(at, layer) for at in (source, *readers))
+    return any(inside(at, layer) for at in (source, *readers))
 
 
-def _inside(node: Any, layer: str) -> bool:
+def inside(node: Any, layer: str) -> bool:
+    """Whether a node is an op of the layer's own module."""
     return isinstance(node, Node) and node.op == "call_function" and module_of(node) == layer
 
 
@@ -98,20 +101,24 @@ def _addmm(p: Propagation, node: Node, a: dict[str, Any]) -> Dims:
     weight, out_dim = _weight_of(p, a["mat2"])
     if weight is not None:
         return _matmul_weight(p, node, a["mat1"], weight, a["self"], out_dim)
-    result = _contract(p, node, a["mat1"], a["mat2"])
+    result = contract(p, node, a["mat1"], a["mat2"])
     return p.tracker.broadcast([p.of(a["self"]), result], "it is added to another tensor")
 
 
-@rule("mm", "matmul", "bmm")
-def _matmul(p: Propagation, node: Node, a: dict[str, Any]) -> Dims:
-    left, right = a["self"], a.get("other", a.get("mat2"))
+@rule("mm")
+def _mm(p: Propagation, node: Node, a: dict[str, Any]) -> Dims:
+    return matrix_product(p, node, a["self"], a["mat2"])
+
+
+def matrix_product(p: Propagation, node: Node, left: Any, right: Any) -> Dims:
+    """left (..., n, k) times right (k, m) or (..., k, m), which may be a weight of two dimensions."""
     weight, out_dim = _weight_of(p, right)
     if weight is not None:
         return _matmul_weight(p, node, left, weight, None, out_dim)
-    return _contract(p, node, left, right)
+    return contract(p, node, left, right)
 
 
-def _contract(p: Propagation, node: Node, left: Any, right: Any) -> Dims:
+def contract(p: Propagation, node: Node, left: Any, right: Any) -> Dims:
     """A product of two activations: the contracted dimension is one axis (attention by hand)."""
     first, second = p.of(left), p.of(right)
     if len(first) < 2 or len(second) < 2:
@@ -191,7 +198,7 @@ def _embedding(p: Propagation, node: Node, a: dict[str, Any]) -> Dims:
     if name is not None:
         layer = p.layer_name(node, name)
         p.use(name, 1, "producer", layer)
-        bare = module_of(node) != layer or any(_inside(user, layer) for user in node.users)
+        bare = module_of(node) != layer or any(inside(user, layer) for user in node.users)
         p.layers.append(LayerCall(layer, "embedding", node, name, None, 1, 0, -1, bare))
     else:
         p.tracker.freeze(weight[1], "it is a dimension of a weight that is computed from other tensors")

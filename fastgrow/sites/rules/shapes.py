@@ -53,7 +53,13 @@ def _transpose(p: Propagation, node: Node, a: dict[str, Any]) -> Dims:
     return dims
 
 
-@rule("t", "numpy_T", "mT")
+@rule("mT")
+def _mt(p: Propagation, node: Node, a: dict[str, Any]) -> Dims:
+    *batch, rows, columns = p.of(node.args[0])
+    return [*batch, columns, rows]
+
+
+@rule("t", "numpy_T")
 def _t(p: Propagation, node: Node, a: dict[str, Any]) -> Dims:
     return list(p.of(node.args[0]))[::-1]
 
@@ -79,6 +85,16 @@ def _expand(p: Propagation, node: Node, a: dict[str, Any]) -> Dims:
             result.append(p.tracker.axis(extent, "it is a number of copies"))
     if short_name(node) == "expand_as":
         return p.tracker.broadcast([result, p.of(node.args[1])], "it is expanded to another tensor")
+    return result
+
+
+@rule("repeat")
+def _repeat(p: Propagation, node: Node, a: dict[str, Any]) -> Dims:
+    dims, repeats = p.of(a["self"]), a["repeats"]
+    result: Dims = []
+    for dim, count in zip([ONE] * (len(repeats) - len(dims)) + dims, repeats, strict=True):
+        copies = [] if count == 1 else [p.tracker.axis(count, "it is a number of copies")]
+        result.append(p.tracker.resolve(Product((*copies, dim))))
     return result
 
 
