@@ -35,7 +35,7 @@ class StackedPair(LinearMap):
         self.blocks = grad.mT @ data  # U_g: (G, O, I)
         if _is_tame(self.blocks):
             self.blocks *= mantissa
-            self.exponent = torch.tensor(float(power))
+            self.exponent = torch.tensor(float(power), device="cpu")
         else:
             exponent = _exponent_of_product(grad, data)
             self.exponent = exponent + power
