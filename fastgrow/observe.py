@@ -25,7 +25,7 @@ from .nn import attention_opened
 from .readings import NormSums, Readings
 from .replay import Capture
 from .riding import carried_sum, carry, riding
-from .room import live_directions, live_shares
+from .room import check_told_apart, live_directions, live_shares
 from .site_sketching import Pieces, SiteSketches, check_version
 from .site_solving import SiteSolving
 from .site_view import Solver
@@ -256,6 +256,7 @@ class observe:
         self.seen = Observation(sites, self._norms, self._places)
         self._replicas = replicas_of(model)
         self._shares = live_shares(self.model, sites)
+        check_told_apart(self.model, [sites[name] for name in _targets(sites, growth, rank)])
         names = _targets(sites, growth, rank)
         self._targets = [sites[name] for name in names]
         self._rank = dict(rank) if isinstance(rank, Mapping) else {name: int(rank) for name in names}

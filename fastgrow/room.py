@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,7 +26,15 @@ from .sites import Site, Sites, tensors_of, unwrap
 from .sites.nodes import bind, plain_name
 from .solve import Directions
 
-__all__ = ["check_blank", "check_reservable", "has_room", "live_directions", "live_parameters", "live_shares"]
+__all__ = [
+    "check_blank",
+    "check_reservable",
+    "check_told_apart",
+    "has_room",
+    "live_directions",
+    "live_parameters",
+    "live_shares",
+]
 
 _KEEPING = frozenset(
     "batch_norm instance_norm prelu mean sum amax max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d "
@@ -123,6 +131,18 @@ def _is_quiet(node: Node, quiet: set[Node], inside: set[str]) -> bool:
     return bool(operands) and operands[0] in quiet and derivative_from_the_right(node) is not None
 
 
+def check_told_apart(model: nn.Module, targets: Iterable[Site]) -> None:
+    """Raises `GrowthError` for sites whose directions cannot be told from the room in their tensors."""
+    roomy = stages.live_in(unwrap(model))
+    for site in targets if roomy else ():
+        if has_blocks(site) and any(slot.tensor in roomy for slot in site.slots):
+            raise GrowthError(
+                f"site {site.name!r}: its units take more than one direction each (gates, groups), which cannot be "
+                "told from reserved room in the layers around it; call fg.release first, leave the site out, or use a "
+                "method that reads no gradients (how.Random)"
+            )
+
+
 def check_blank(model: nn.Module) -> None:
     """Raises `GrowthError` where room is no longer zero, and so takes part in what the network computes."""
     tensors = tensors_of(model)
@@ -177,11 +197,6 @@ def _without_room(
     kept = {role: _kept(sites, site, role, now, whole) for role in ("consumer", "producer")}
     if all(bool(mask.all()) for mask in kept.values()):
         return found
-    if has_blocks(site):
-        raise GrowthError(
-            f"site {site.name!r}: its units take more than one direction each (gates, groups), which cannot be told "
-            "from reserved room in the layers around it; call fg.release first, or leave the site out"
-        )
     cut: dict[str, Any] = {}
     columns = torch.ones(len(found.values), dtype=torch.bool, device=found.values.device)
     for name, role in (("left", "consumer"), ("right", "producer")):

@@ -67,7 +67,7 @@ class Axis:
     @cached_property
     def newest(self) -> int:
         """The stage of the youngest index."""
-        return int(self.stage[self.live].max()) if self.live.numel() else 0
+        return int(born.max()) if (born := self.stage[self.stage != ROOM]).numel() else 0
 
     def grown(self, index: Tensor, length: int, stage: int, room: Tensor | None = None) -> Axis:
         """After a growth to `length` that moved index i to ``index[i]`` (-1: dropped it); positions in `room` hold

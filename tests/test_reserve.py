@@ -521,6 +521,34 @@ def test_what_is_not_inert_is_refused(name: str) -> None:
     assert all(now is then for now, then in zip(model.parameters(), before, strict=True))
 
 
+class Gating(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gate, self.up, self.last = (nn.Linear(*n) for n in ((5, 8), (8, 6), (8, 6), (6, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.first(x))
+        return self.last(F.silu(self.gate(x)) * self.up(x))
+
+
+def test_gates_beside_room() -> None:
+    torch.manual_seed(0)
+    model = Gating().double()
+    x, y = torch.randn(9, 5, dtype=torch.float64), torch.arange(9) % 3
+    sites = fg.find_sites(model, x)
+    with pytest.raises(fg.GrowthError, match="gates"):
+        fg.reserve(model, {"gate": 9}, sites=sites)
+    plain = copy.deepcopy(model)
+    fg.reserve(model, {"first": 12}, sites=sites)
+    with pytest.raises(fg.GrowthError, match="'gate'.*fg.release"):
+        fg.grow(model, {"gate": 1}, sites=sites, closure=lambda: F.cross_entropy(model(x), y))
+    for one in (plain, model):
+        torch.manual_seed(1)
+        fg.grow(one, {"gate": 1, "first": 2}, fg.how.Random(), sites=sites)
+    assert_close(model(x), plain(x), torch.float64, 100)
+    same(plain, model)
+
+
 def test_attention_heads_are_refused() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
     model = nn.Sequential(layer, nn.Linear(8, 3))
