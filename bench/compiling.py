@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,23 +28,51 @@ def run(settings: Settings) -> Iterator[Row]:
     for case in cases(settings):
         if not case.name.startswith(chosen):
             continue
-        for label, dynamic in (("as torch.compile is", False), ("widths dynamic", True)):
-            first, steps, graphs = _training(settings, case, 1 / 16, _GROWTHS, dynamic)
-            growing = Timing(steps)
-            shape = f"{case.name}, {_GROWTHS} x n/16, {label}"
-            more = {"graphs": graphs, "total_ms": sum(steps)}
-            yield settings.row("recompilation", shape, "first compilation", growing, first, **more)
+        for label, dynamic, reserved in (
+            ("as torch.compile is", False, False),
+            ("widths dynamic", True, False),
+            ("room reserved", False, True),
+        ):
+            found = _training(settings, case, 1 / 16, _GROWTHS, dynamic, reserved)
+            yield _row(settings, f"{case.name}, {_GROWTHS} x n/16, {label}", found)
         # The same width in one growth: what rounding the units up to a quarter of the width saves.
-        first, steps, graphs = _training(settings, case, _GROWTHS / 16, 1, False)
-        more = {"graphs": graphs, "total_ms": sum(steps)}
-        shape = f"{case.name}, 1 x n/4, as torch.compile is"
-        yield settings.row("recompilation", shape, "first compilation", Timing(steps), first, **more)
+        found = _training(settings, case, _GROWTHS / 16, 1)
+        yield _row(settings, f"{case.name}, 1 x n/4, as torch.compile is", found)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """first: ms of the first step, growing: of each first step after a growth, both beyond a warm step; steps: ms of
+    a warm step before the first growth and after the last; widening: ms of each growth itself; graphs: compiled in all.
+    """
+
+    first: float
+    growing: Sequence[float]
+    widening: Sequence[float]
+    steps: tuple[float, float]
+    graphs: int
+
+
+def _row(settings: Settings, shape: str, found: _Found) -> Row:
+    before, after = found.steps
+    return settings.row(
+        "recompilation",
+        shape,
+        "first compilation",
+        Timing(found.growing),
+        found.first,
+        graphs=found.graphs,
+        total_ms=sum(found.growing),
+        grow_ms=statistics.median(found.widening),
+        first_step_ms=before,
+        last_step_ms=after,
+    )
 
 
 def _training(
-    settings: Settings, case: Case, share: float, growths: int, dynamic: bool
-) -> tuple[float, Sequence[float], int]:
-    """ms of the first step, ms of each first step after a growth, both beyond a warm step; graphs compiled in all."""
+    settings: Settings, case: Case, share: float, growths: int, dynamic: bool = False, reserved: bool = False
+) -> _Found:
+    """Growths of a compiled model. reserved: room for all of them is made before it is compiled."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = case.build().to(settings.device)
@@ -50,6 +80,9 @@ def _training(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     counting = _Counting("eager" if settings.quick else "inductor")
     units = {name: max(1, int(share * width)) for name, width in sites.widths(model).items()}
+    if reserved:
+        widths = {name: width + growths * units[name] for name, width in sites.widths(model).items()}
+        fg.reserve(model, widths, sites=sites, how=fg.how.Random(), optimizer=optimizer)
     # What an earlier variant compiled must not be read back from the disk.
     uncached = torch.compiler.config.patch(force_disable_caches=True)
     with uncached, _dynamic_widths() if dynamic else contextlib.nullcontext():
@@ -64,12 +97,18 @@ def _training(
                 torch.cuda.synchronize(settings.device)
             return (time.perf_counter() - started) * 1000
 
+        def warm() -> float:
+            return statistics.median(step() for _ in range(3 if settings.quick else 9))
+
         first = step() - step()
-        spent = []
+        before = warm()
+        growing, widening = [], []
         for _ in range(growths):
+            started = time.perf_counter()
             fg.grow(model, units, fg.how.Random(), sites=sites, optimizer=optimizer)
-            spent.append(step() - step())
-    return first, spent, counting.graphs
+            widening.append((time.perf_counter() - started) * 1000)
+            growing.append(step() - step())
+        return _Found(first, growing, widening, (before, warm()), counting.graphs)
 
 
 @contextlib.contextmanager

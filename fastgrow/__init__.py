@@ -10,6 +10,7 @@ from .named import name_sites
 from .observe import Observation, observe
 from .plan import Plan, plan
 from .report import report
+from .reserve import release, reserve
 from .sites import Site, Sites
 from .solve import Directions
 from .trial import find_sites
@@ -38,7 +39,9 @@ __all__ = [
     "ops",
     "optim",
     "plan",
+    "release",
     "report",
+    "reserve",
     "save",
     "schedule",
     "when",

@@ -26,6 +26,7 @@ from .insertions import Insertion, insertions, reinsert
 from .names import is_wrapper
 from .nn import is_twin, twin
 from .optimizer_state import unwrapped
+from .reserve import release
 from .sharded import collected, copy_into, is_sharded, laid_out, remembered, reshard, wrapped_modules
 from .sites import unwrap
 from .widen import AttributeEdit, ModuleSwap, TensorEdit, widen
@@ -42,8 +43,9 @@ _STRUCTURE = {"shapes": Mapping, "stages": Mapping, "attributes": Mapping, "acti
 
 Structure = Mapping[str, Any]
 """shapes: {tensor: [sizes]}; stages: {tensor: {dimension: {"stage", "origin"}}} as `fastgrow.stages` has
-them; attributes: {module: {attribute: value}}; activations: {module: class in fastgrow.nn}; inserted: {module:
-the `Insertion` that it holds}. Names are those of ``state_dict()`` without the components of wrappers."""
+them; attributes: {module: {attribute: value}}; without_room: the same, as they are without reserved room;
+activations: {module: class in fastgrow.nn}; inserted: {module: the `Insertion` that it holds}. Names are those of
+``state_dict()`` without the components of wrappers."""
 
 
 def save(
@@ -169,6 +171,7 @@ def structure_of(model: nn.Module) -> dict[str, Any]:
             for name, module in modules.items()
             if stages.edited_attributes(module)
         },
+        "without_room": {name: bare for name, module in modules.items() if (bare := stages.without_room(module))},
         "activations": {name: type(module).__name__ for name, module in modules.items() if is_twin(module)},
         "inserted": {name: asdict(insertion) for name, insertion in insertions(unwrap(model)).items()},
     }
@@ -209,13 +212,17 @@ def _rebuild(roots: Sequence[nn.Module], structure: Structure, optimizers: Seque
             f"{source} holds another architecture: {type(model).__name__} {kind} {_some(names)}; "
             "build the model as the saved one was built before it grew"
         )
+    held = {name: tuple(getattr(module, leaf).shape) for name, (module, leaf) in found.items()}
+    if any(held[name] != tuple(shapes[name]) for name in found):
+        release(model, optimizer=optimizers, also=roots[1:])  # room of another size
     edits = []
     for name, (module, leaf) in found.items():
         present, wanted = tuple(getattr(module, leaf).shape), tuple(int(n) for n in shapes[name])
         if present != wanted:
             edits.append(_edit(source, name, present, wanted, axes.get(name, {})))
+    bare = structure.get("without_room", {})
     attributes = [
-        AttributeEdit(module, attribute, value)
+        AttributeEdit(module, attribute, value, bare.get(module, {}).get(attribute))
         for module, values in structure["attributes"].items()
         for attribute, value in values.items()
     ]

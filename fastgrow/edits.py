@@ -16,7 +16,7 @@ from .how import Newborns, Start
 from .layout import Layout, index_map, new_positions, run_start, size, unit_positions, whole_unit_positions
 from .names import find_module
 from .nn import twin
-from .sites import Site, Sites, Slot, tensors_of, unwrap
+from .sites import Site, Sites, Slot, live_tensors, unwrap
 from .widen import AttributeEdit, ModuleSwap, TensorEdit
 
 __all__ = ["EditBuilder", "Edits", "build_edits"]
@@ -77,7 +77,7 @@ class EditBuilder:
         self.new = dict(self.old)
         for name, count in units.items():
             self.new[sites[name].axis] += count // sites[name].step
-        self.tensors = tensors_of(model)
+        self.tensors = live_tensors(model)
         self.fresh: dict[str, Tensor] = {}
         self.blocks: dict[str, list[Block]] = {}
         self.axes: dict[str, dict[int, Tensor]] = {}
@@ -214,9 +214,7 @@ class EditBuilder:
         return torch.as_tensor(value, dtype=tensor.dtype, device=tensor.device).expand(shape)
 
     def _layouts(self, name: str) -> dict[int, Any]:
-        if self.sites.graph is not None and name in self.sites.graph.tensor_dims:
-            return dict(enumerate(self.sites.graph.tensor_dims[name]))
-        return {slot.dim: slot.layout for site in self.sites for slot in site.slots if slot.tensor == name}
+        return self.sites.layouts(name)
 
     def _value(self, site: Site, slot: Slot, start: Start) -> Tensor | None:
         """The new part along one slot, in the tensor's own order of dimensions; None for zeros."""

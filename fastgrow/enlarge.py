@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .errors import GrowthError
 from .layout import run_start
+from .stages import live_part
 
 __all__ = ["Block", "Enlargement", "Fill"]
 
@@ -45,15 +47,26 @@ position, with zero elsewhere."""
 
 @dataclass(frozen=True, eq=False)
 class Enlargement:
-    """old shape -> new shape, with the new position of every old index of the dimensions in `axes`."""
+    """old shape -> new shape, with the new position of every old index of the dimensions in `axes`.
+
+    room: dimension -> new positions that hold no unit; of old indices only such ones are dropped.
+    """
 
     old: tuple[int, ...]
     new: tuple[int, ...]
-    axes: Mapping[int, Tensor]  # dimension -> (old length,) int64, on the CPU
-    starts: Mapping[int, int | None]  # where each map begins that moves all indices by the same amount, else None
+    axes: Mapping[int, Tensor]  # dimension -> (old length,) int64, on the CPU; -1: dropped
+    starts: Mapping[int, int | None]  # where each map begins that moves all kept indices by the same amount, else None
+    room: Mapping[int, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def checked(cls, what: str, old: Iterable[int], new: Iterable[int], axes: Mapping[int, Tensor]) -> Enlargement:
+    def checked(
+        cls,
+        what: str,
+        old: Iterable[int],
+        new: Iterable[int],
+        axes: Mapping[int, Tensor],
+        room: Mapping[int, Tensor] | None = None,
+    ) -> Enlargement:
         """The same, or a `GrowthError` that names `what` and the dimension at fault."""
         old, new = tuple(old), tuple(new)
         if len(old) != len(new):
@@ -69,8 +82,9 @@ class Enlargement:
                     f"{tuple(index.shape)}, wanted int64 of shape ({old[dim]},): where each old index goes"
                 )
             maps[dim] = index.cpu()
-            starts[dim] = run_start(maps[dim])
-            if not _is_injection(maps[dim], starts[dim], new[dim]):
+            kept = maps[dim] if room is None else _kept(maps[dim])
+            starts[dim] = run_start(kept)
+            if not _is_injection(kept, starts[dim], new[dim]):
                 raise GrowthError(
                     f"{what}: the index map of dimension {dim} must send its {old[dim]} old indices to "
                     f"different positions below {new[dim]}"
@@ -80,7 +94,18 @@ class Enlargement:
                 raise GrowthError(
                     f"{what}: dimension {dim} goes from {before} to {after} without an index map; give axes[{dim}]"
                 )
-        return cls(old, new, maps, starts)
+        return cls(old, new, maps, starts, dict(room or {}))
+
+    @cached_property
+    def targets(self) -> Mapping[int, Tensor]:
+        """dimension -> the new positions of the old indices that are kept, in order."""
+        return {dim: _kept(index) for dim, index in self.axes.items()} if self.room else self.axes
+
+    @property
+    def stays(self) -> bool:
+        """Whether the shape is the same and every old index that is kept stays where it is."""
+        own = ((index, torch.arange(len(index), device="cpu")) for index in self.axes.values())
+        return self.old == self.new and all(bool(((index < 0) | (index == places)).all()) for index, places in own)
 
     def reduced(self, dims: Iterable[int]) -> Enlargement:
         """For a tensor that has length 1 in these dimensions (a mean with ``keepdim=True``)."""
@@ -90,6 +115,7 @@ class Enlargement:
             tuple(1 if dim in gone else size for dim, size in enumerate(self.new)),
             {dim: index for dim, index in self.axes.items() if dim not in gone},
             {dim: start for dim, start in self.starts.items() if dim not in gone},
+            {dim: index for dim, index in self.room.items() if dim not in gone},
         )
 
     def without(self, dim: int) -> Enlargement:
@@ -100,6 +126,7 @@ class Enlargement:
             self.new[:dim] + self.new[dim + 1 :],
             {at - (at > dim): index for at, index in self.axes.items() if at != dim},
             {at - (at > dim): start for at, start in self.starts.items() if at != dim},
+            {at - (at > dim): index for at, index in self.room.items() if at != dim},
         )
 
     def place(
@@ -125,7 +152,7 @@ class Enlargement:
             source = source * scale
         if shift is not None:
             source = source + shift.to(tensor.device)
-        source = source.to(tensor.dtype)
+        source = self._without_dropped(source.to(tensor.dtype))
         value = 0 if fresh is None or isinstance(fresh, (Tensor, tuple)) else fresh
         strides = _strides_like(tensor, self.new)
         plain = strides == _strides(self.new, range(len(self.new)))
@@ -143,6 +170,36 @@ class Enlargement:
             result[block.place].copy_(block.values)
         return result
 
+    def births(self, tensor: Tensor, fresh: Fill | None = None) -> Iterator[tuple[Tensor, Any, Tensor]]:
+        """What a tensor is written where the enlargement `stays`: (part of it, None, values), or (it, (dimension,
+        positions), values) where these are scattered. fresh: as in `place`.
+        """
+        value = 0 if fresh is None or isinstance(fresh, (Tensor, tuple)) else fresh
+        for dim, index in self.targets.items():
+            free = torch.ones(self.new[dim], dtype=torch.bool, device="cpu")
+            free[index] = False
+            if dim in self.room:
+                free[self.room[dim]] = False
+            born = free.nonzero().squeeze(1)
+            if not len(born):
+                continue
+            start = run_start(born)
+            positions = born.to(tensor.device)
+            if isinstance(fresh, Tensor):
+                values = fresh.to(tensor).index_select(dim, positions)
+            else:
+                values = tensor.new_full((*self.new[:dim], len(born), *self.new[dim + 1 :]), value)
+            if start is None:
+                yield tensor, (dim, positions), values
+            else:
+                yield tensor.narrow(dim, start, len(born)), None, values
+        for block in fresh if isinstance(fresh, tuple) else ():
+            yield tensor[block.place], None, block.values.to(tensor)
+
+    def _without_dropped(self, tensor: Tensor) -> Tensor:
+        dropped = [dim for dim, index in self.axes.items() if len(self.targets[dim]) < len(index)]
+        return live_part(tensor, {dim: (self.axes[dim] >= 0).nonzero().squeeze(1) for dim in dropped})
+
     @cached_property
     def _pads(self) -> list[int]:
         """Entries before and after the old ones, last dimension first; none where that is not how the tensor grows."""
@@ -150,14 +207,14 @@ class Enlargement:
             return []
         pads = []
         for dim in reversed(range(len(self.old))):
-            start = self.starts.get(dim) or 0
-            pads += [start, self.new[dim] - self.old[dim] - start]
+            start, length = self.starts.get(dim) or 0, len(self.targets[dim]) if dim in self.axes else self.old[dim]
+            pads += [start, self.new[dim] - length - start]
         return pads
 
     def _margins(self) -> list[tuple[slice, ...]]:
         """Slices that together cover every new position; where old ones are scattered, the whole tensor."""
         margins = []
-        for dim, index in self.axes.items():
+        for dim, index in self.targets.items():
             start, whole = self.starts[dim], (slice(None),) * dim
             if start is None:
                 return [()]
@@ -168,7 +225,7 @@ class Enlargement:
 
     def _copy(self, result: Tensor, source: Tensor) -> None:
         scattered = []
-        for dim, index in self.axes.items():
+        for dim, index in self.targets.items():
             start = self.starts[dim]
             if start is None:
                 scattered.append(dim)
@@ -179,7 +236,7 @@ class Enlargement:
             return
         order = scattered + [dim for dim in range(result.dim()) if dim not in scattered]
         where = tuple(
-            self.axes[dim].to(result.device).view(-1, *[1] * (len(scattered) - 1 - at))
+            self.targets[dim].to(result.device).view(-1, *[1] * (len(scattered) - 1 - at))
             for at, dim in enumerate(scattered)
         )
         result.permute(order)[where] = source.permute(order)
@@ -197,8 +254,14 @@ class Enlargement:
             (len(values), *self.new[sparse:]),
             {dim - sparse + 1: index for dim, index in self.axes.items() if dim >= sparse},
             {dim - sparse + 1: start for dim, start in self.starts.items() if dim >= sparse},
+            {dim - sparse + 1: index for dim, index in self.room.items() if dim >= sparse},
         )
-        return torch.sparse_coo_tensor(torch.stack(rows), dense.place(values), self.new, check_invariants=True)
+        places, kept = torch.stack(rows), (torch.stack(rows) >= 0).all(0)
+        return torch.sparse_coo_tensor(places[:, kept], dense.place(values)[kept], self.new, check_invariants=True)
+
+
+def _kept(index: Tensor) -> Tensor:
+    return index[index >= 0]
 
 
 def _is_injection(index: Tensor, start: int | None, length: int) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .distributed import replicas_of, together
 from .errors import GrowthError
-from .layout import new_positions
+from .layout import index_map, new_positions
 from .rehearsal import checked_loss, preserved
 from .sharded import wrapped_modules
 from .sites import Site, Sites, tensors_of
@@ -94,14 +94,14 @@ class GainMeter:
 
     def _born(self, site: Site) -> dict[str, list[tuple[int, Tensor]]]:
         """Parameter name -> (dimension, positions) of the entries born with a site."""
-        now = self.sites.sizes(self.model)
+        now, whole = self.sites.sizes(self.model), self.sites.sizes(self.model, room=True)
         old = {**now, site.axis: self._sizes[site.axis]}
         tensors = tensors_of(self.model)
         regions: dict[str, list[tuple[int, Tensor]]] = {}
         for slot in site.slots:
             tensor = tensors[slot.tensor]
             if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
-                fresh = new_positions(slot.layout, old, now).to(tensor.device)
+                fresh = index_map(slot.layout, now, whole)[new_positions(slot.layout, old, now)].to(tensor.device)
                 regions.setdefault(slot.tensor, []).append((slot.dim, fresh))
         return regions
 

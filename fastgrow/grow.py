@@ -26,6 +26,8 @@ from .nn import Beside, MultiheadAttention, original
 from .observe import Observation, observe
 from .plan import check_units
 from .rehearsal import Rehearsal, checked_loss, preserved
+from .reserve import check_method, fitted, release
+from .room import has_room, live_parameters
 from .sharded import Renewals, gathered, wrapped_modules
 from .sites import Site, Sites, unwrap
 from .stages import clear, newest_stage
@@ -156,8 +158,12 @@ def grow_observed(
     optimizers: list[Any],
     also: list[nn.Module],
     closure: Callable[[], Tensor] | None = None,
+    round_to: int = 1,
 ) -> GrowthReport:
-    """Grow from an observation that was made already (what `grow` and the Grower share)."""
+    """Grow from an observation that was made already (what `grow` and the Grower share).
+
+    round_to: tensors that become larger do so to a multiple of it along the sites grown; what is left over is room.
+    """
     started = time.perf_counter()
     check_not_captured(model)
     replicas = replicas_of(model)
@@ -171,7 +177,7 @@ def grow_observed(
     if wrapped_modules(model):
         starts, swapped = _grown_by_site(model, sites, wanted, how, seen, optimizers, also)
     else:
-        starts, swapped = _grown_together(model, sites, wanted, how, seen, optimizers, also, closure)
+        starts, swapped = _grown_together(model, sites, wanted, how, seen, optimizers, also, closure, round_to)
     how.settle(model, optimizers)
     follow_configs(unwrap(model))
     rate = optimizers[0].param_groups[0]["lr"] if optimizers else None
@@ -186,7 +192,7 @@ def grow_observed(
         )
         for name, count in wanted.items()
     ]
-    total = sum(parameter.numel() for parameter in unwrap(model).parameters())
+    total = live_parameters(model)
     return GrowthReport(grown, how.name, time.perf_counter() - started, total, swapped)
 
 
@@ -199,6 +205,7 @@ def _grown_together(
     optimizers: list[Any],
     also: list[nn.Module],
     closure: Callable[[], Tensor] | None,
+    round_to: int,
 ) -> tuple[dict[str, Start], list[str]]:
     """All sites in one transaction; how they started, and the activations replaced."""
     replicas = replicas_of(model)
@@ -214,8 +221,11 @@ def _grown_together(
         else:
             starts, edits = _started(model, sites, wanted, how, seen)
     _share(replicas, edits)
+    before = [id(parameter) for parameter in unwrap(model).parameters()]
+    with torch.no_grad():
+        edits = fitted(model, sites, edits, wanted, round_to)
     _carried_out(unwrap(model), edits, optimizers, also)
-    if replicas is not None:
+    if replicas is not None and before != [id(parameter) for parameter in unwrap(model).parameters()]:
         replicas.renew()
     return starts, [swap.name for swap in edits.swaps]
 
@@ -323,6 +333,8 @@ def _rehearsed(
 def _checked(model: nn.Module, sites: Sites, units: Mapping[str, int], how: How) -> dict[str, int]:
     if not isinstance(units, Mapping):
         raise GrowthError(f"units={units!r} was given; wanted a mapping {{site name: units}}")
+    if has_room(model):
+        check_method(how)
     return {name: check_units(model, sites, name, count, how) for name, count in units.items()}
 
 
@@ -370,10 +382,12 @@ def finalize(model: nn.Module) -> nn.Module:
     """Give the model back as plain torch: activations are torch's own again, and so is attention where it can be.
 
     Layers that were inserted stay, as the model's own, under the names they have.
+    Room that was reserved and not filled is cut off (`release`).
     For ONNX, export and deployment; the forward pass does not change. Returns the model. Nothing of fastgrow stays, but
     for attention modules with more heads than ``embed_dim / head_dim``: torch's own class has no head size of its own,
     so they remain `fastgrow.nn.MultiheadAttention`, and a warning names them. Their exports are plain torch.
     """
+    release(model)
     kept = [name for name, m in unwrap(model).named_modules() if isinstance(m, MultiheadAttention) and not m.fits_torch]
     if kept:
         warnings.warn(

@@ -24,8 +24,12 @@ from .natural import natural_directions
 from .observe import Observation
 from .observe import observe as Observer
 from .ranks import ActivationRanks, weight_ranks
+from .reserve import check_method, check_room
+from .reserve import reserve as make_room
+from .room import has_room
 from .sharded import whole as whole_tensor
 from .sites import Site, Sites, tensors_of, unwrap
+from .stages import axes_of, live, live_part, newest_stage
 from .trial import find_sites
 from .when import When
 from .where import NORTH, Everywhere, Evidence, Where
@@ -62,6 +66,11 @@ class Grower:
     predicted one (`GrowthReport.measured_gain`); growth then needs ``step(closure=...)``, and takes 3 calls of the
     closure more for one site, n + 3 for n, which its `seconds` leave out.
 
+    reserve: room for growth ahead of it, so that tensors seldom change their shapes and a compiled model is seldom
+    compiled anew (`fastgrow.reserve` says what that costs). {site: width}: room up to this width is made now; past it
+    the site grows as any other. A number: whenever a site must be widened, it is to a multiple of this width. Raises
+    `GrowthError` for sites that can have no room (find them with exclude=, or name the others).
+
     model: the module to call. history: a `GrowthReport` for each growth, with its step. dropped: batches
     left out of a measurement because they overflowed under the GradScaler.
     """
@@ -84,6 +93,7 @@ class Grower:
         loss_reduction: str = "mean",
         loss_scale: Any = 1.0,
         measure_gain: bool = False,
+        reserve: int | Mapping[str, int] | None = None,
     ) -> None:
         if sites is None:
             if example_inputs is None:
@@ -107,6 +117,10 @@ class Grower:
         self.history: list[GrowthReport] = []
         self.steps = 0
         self.dropped = 0
+        self._round_to = 1
+        if reserve is not None and not isinstance(reserve, Mapping):
+            self._round_to = whole("Grower", "reserve", reserve)
+            check_room(model, sites, [site.name for site in sites], self.how)
         self._options = {"loss_reduction": loss_reduction, "loss_scale": loss_scale}
         self._due: list[int] = []  # the steps on which growth was or will be due
         self._asked = 0  # the last step that `when` was asked about
@@ -118,6 +132,11 @@ class Grower:
         self._observe_seconds = 0.0
         if self.growth == "sketch":
             self._observer(self._needs())  # refuses by name what cannot be sketched, before training begins
+        if isinstance(reserve, Mapping):
+            present = sites.widths(model) if newest_stage(unwrap(model)) else {}  # a run that is resumed may be past it
+            widths = {name: width for name, width in reserve.items() if present.get(name, 0) < width}
+            if widths:
+                make_room(model, widths, sites=sites, how=self.how, optimizer=self.optimizers, also=self.also)
         self._arm_ahead()
 
     @property
@@ -210,6 +229,8 @@ class Grower:
         return decision if replicas is None else replicas.first(decision)
 
     def _observer(self, needs: frozenset[str], sketch: bool | None = None) -> Observer:
+        if has_room(self.model):
+            check_method(self.how)
         sketch = self.growth == "sketch" if sketch is None else sketch
         widths = self.sites.widths(self.model)
         growth: dict[str, Any] = {"growth": False}
@@ -288,7 +309,15 @@ class Grower:
                 meter = GainMeter(self.model, self.sites, self.optimizers, closure)
                 measuring = time.perf_counter() - before
             report = grow_observed(
-                self.model, self.sites, units, self.how, self._seen, self.optimizers, self.also, closure
+                self.model,
+                self.sites,
+                units,
+                self.how,
+                self._seen,
+                self.optimizers,
+                self.also,
+                closure,
+                self._round_to,
             )
         except BaseException:
             self.where.load_state_dict(remembered)
@@ -353,6 +382,7 @@ class Grower:
                 module = find_module(unwrap(self.model), norm.module)
                 variance = getattr(module, "running_var", None)
                 if norm.kind == "batch_norm" and module is not None and module.training and variance is not None:
+                    variance = live_part(variance, live(axes_of(module).get("running_var", {})))
                     eps = float(module.eps)  # type: ignore[arg-type]
                     factors[site.name] = float((eps / (variance + eps)).sqrt().mean())
                     break

@@ -23,6 +23,7 @@ from .nn import twin
 from .observe import observe
 from .plan import check_units
 from .rehearsal import preserved, restored
+from .room import has_room
 from .sites import LayerCall, as_call, discover, evaluation, tensors_of, unwrap
 from .stages import newest_stage
 from .trial import find_sites
@@ -99,6 +100,11 @@ def insert_layer(
     with torch.inference_mode(False), torch.no_grad():
         with together(replicas):
             _refuse_sharded(inner)
+            if has_room(inner):
+                raise GrowthError(
+                    "insert_layer: the model has room reserved for growth, whose zeros a new layer would not keep; "
+                    "call fg.release first, and reserve again afterwards"
+                )
             graph = discover(model, example_inputs).graph
             assert graph is not None
             spot = find_spot(inner, graph, _plain_name(inner, after), before, units is not None)

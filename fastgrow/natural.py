@@ -117,7 +117,7 @@ class _Whitened(LinearMap):
 
 def _projected(view: SiteView) -> list[Capture]:
     """The captures with the part of each consumer's gradient left out that its present weights can follow."""
-    site, sizes = view.site, view.sites.sizes(view.model)
+    site, sizes = view.site, view.sites.sizes(view.model, room=True)
     replays = [Replay(view.model, view.sites, site, capture, present=True) for capture in view.captures]
     grams: dict[str, Tensor] = {}
     crosses: dict[str, Tensor] = {}

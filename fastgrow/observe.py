@@ -25,6 +25,7 @@ from .nn import attention_opened
 from .readings import NormSums, Readings
 from .replay import Capture
 from .riding import carried_sum, carry, riding
+from .room import check_told_apart, live_directions, live_shares
 from .site_sketching import Pieces, SiteSketches, check_version
 from .site_solving import SiteSolving
 from .site_view import Solver
@@ -254,6 +255,8 @@ class observe:
         self._places = _PLACES[choice("observe", "nagn", nagn, tuple(_PLACES))]
         self.seen = Observation(sites, self._norms, self._places)
         self._replicas = replicas_of(model)
+        self._shares = live_shares(self.model, sites)
+        check_told_apart(self.model, [sites[name] for name in _targets(sites, growth, rank)])
         names = _targets(sites, growth, rank)
         self._targets = [sites[name] for name in names]
         self._rank = dict(rank) if isinstance(rank, Mapping) else {name: int(rank) for name in names}
@@ -473,7 +476,8 @@ class observe:
         if total is None:
             total = ops.sum_of_squares(gradient)
             carry(gradient, total)  # a residual sum hands the same tensor to both its branches
-        readings.note(place, name, number, total, gradient.numel())
+        live, whole = self._shares.get(name, (1, 1))  # room is no element of the layer's output
+        readings.note(place, name, number, total, gradient.numel() * live // whole)
 
     def _loss_scale(self, gradient: Tensor) -> float | Tensor:
         """The scale of the batch whose gradients arrive; from a GradScaler without waiting for the device."""
@@ -530,7 +534,8 @@ class observe:
         if not self._norms.samples:
             return
         if self._sketches is not None:
-            self.seen._directions = self._sketches.directions(self._norms.mean, self._norms.samples)
+            found = self._sketches.directions(self._norms.mean, self._norms.samples)
+            self.seen._directions = live_directions(self.model, self.sites, found)
             self.seen._rank = {name: self._rank[name] for name in self.seen._directions}
         elif self._targets:
             self._solve(batches)
@@ -565,7 +570,9 @@ class observe:
         solving = SiteSolving(self.model, self.sites, self._rank, self._bias, self._signed, self._replicas)
         captures = [batch.capture for batch in batches]
         mapped = [site for site in self._targets if site.name not in self._unmapped]
-        self.seen._directions = solving.directions(mapped, captures, weights)
+        found = solving.directions(mapped, captures, weights)
+        self.seen._directions = live_directions(self.model, self.sites, found)
         self.seen._rank = {name: self._rank[name] for name in self.seen._directions}
         for label, solver in self._solvers.items():
-            self.seen._solved[label] = solving.by(solver, self._targets, captures, weights)
+            found = solving.by(solver, self._targets, captures, weights)
+            self.seen._solved[label] = live_directions(self.model, self.sites, found)

@@ -24,12 +24,17 @@ __all__ = ["Carried", "GrownParameter", "carry", "holds", "unwrapped"]
 
 @dataclass(frozen=True, eq=False)
 class GrownParameter:
-    """A parameter, what replaces it, and the way from one to the other."""
+    """A parameter, what replaces it (itself, where it grows into its room), and the way from one to the other."""
 
     name: str
     old: Tensor
     new: Tensor
     enlargement: Enlargement
+    fresh: Fill | None = None  # what its new entries will be, where it stays; None: zeros
+
+    @property
+    def stays(self) -> bool:
+        return self.new is self.old
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +44,7 @@ class Carried:
     members: list[tuple[list[Tensor], int, Tensor]]  # a group's parameters, position, the new one
     state: MutableMapping[Any, Any]  # the optimizer's own
     entries: list[tuple[Tensor, Tensor, dict[str, Any]]]  # dead key, new key, the new one's entries
+    written: list[tuple[Tensor, Any, Tensor]]  # into state that stays, as `Enlargement.births` says
     held: list[GrownParameter]
 
 
@@ -52,6 +58,8 @@ def _rprop_step_size(optimizer: Any, group: Mapping[str, Any], grown: GrownParam
 
 def _asgd_average(optimizer: Any, group: Mapping[str, Any], grown: GrownParameter) -> Fill:
     # A new parameter's average starts at its own value (mu = 1 at first); zero would stay in it once mu < 1.
+    if grown.stays:
+        return 0.0 if grown.fresh is None else grown.fresh
     return whole(grown.new).detach()
 
 
@@ -111,18 +119,26 @@ def carry(optimizer: Any, grown: Mapping[int, GrownParameter]) -> Carried:
                     "make a new optimizer after growth, or use one of torch.optim or fastgrow.optim"
                 )
     entries = []
+    written: list[tuple[Tensor, Any, Tensor]] = []
     for key in keys:
         found = held[id(key)]
         group = group_of.get(id(key), getattr(optimizer, "defaults", {}))
         old_entries = state[key]
         if not isinstance(old_entries, Mapping):
             raise GrowthError(f"{kind}: the state of {found.name!r} is a {type(old_entries).__name__}, wanted a dict")
+        if found.stays:
+            for name, value in old_entries.items():
+                if (enlargement := _checked_entry(optimizer, name, value, found)) is not None:
+                    fresh = _fresh(optimizer, group, name, found)
+                    written += enlargement.births(value, fresh)
+            continue
         new_entries = {name: _carry_entry(optimizer, group, name, value, found) for name, value in old_entries.items()}
         entries.append((found.old, found.new, new_entries))
     return Carried(
         [(group["params"], position, found.new) for group, position, found in members],
         state,
         entries,
+        written,
         list(held.values()),
     )
 
@@ -152,20 +168,34 @@ def holds(value: object, ids: Mapping[int, object], depth: int = 2) -> bool:
 
 
 def _carry_entry(optimizer: Any, group: Mapping[str, Any], name: str, value: object, grown: GrownParameter) -> object:
+    enlargement = _checked_entry(optimizer, name, value, grown)
+    if enlargement is None:
+        return value
+    assert isinstance(value, Tensor)
+    placed = enlargement.place(whole(value), _fresh(optimizer, group, name, grown))
+    return part(placed, value) if is_sharded(value) else placed
+
+
+def _checked_entry(optimizer: Any, name: str, value: object, grown: GrownParameter) -> Enlargement | None:
+    """How an entry follows its parameter; None for what belongs to the whole parameter."""
     if not isinstance(value, Tensor):
         if _has_tensor(value):
             raise _refusal(optimizer, name, grown, f"is a {type(value).__name__} that holds tensors")
-        return value
+        return None
     if type(value) not in (Tensor, nn.Parameter, FakeTensor) and not is_sharded(value):
         raise _refusal(optimizer, name, grown, f"is a {type(value).__name__}, not a plain tensor")
     enlargement = _enlargement_of(name, value, grown)
     if enlargement is None:
         if value.numel() == 1 and value.dim() < 2:
-            return value
+            return None
         raise _refusal(optimizer, name, grown, f"has shape {tuple(value.shape)}")
-    fresh = next((rule for (kind, key), rule in _FRESH.items() if key == name and isinstance(optimizer, kind)), None)
-    placed = enlargement.place(whole(value), fresh and fresh(optimizer, group, grown))
-    return part(placed, value) if is_sharded(value) else placed
+    return enlargement
+
+
+def _fresh(optimizer: Any, group: Mapping[str, Any], name: str, grown: GrownParameter) -> Fill | None:
+    """What this optimizer gives a new parameter's entry; None for zeros."""
+    rule = next((rule for (kind, key), rule in _FRESH.items() if key == name and isinstance(optimizer, kind)), None)
+    return rule and rule(optimizer, group, grown)
 
 
 def _enlargement_of(name: str, value: Tensor, grown: GrownParameter) -> Enlargement | None:

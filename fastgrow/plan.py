@@ -11,7 +11,7 @@ from .arguments import whole
 from .costs import pricing
 from .errors import GrowthError
 from .how import GradMax, How
-from .sites import Site, Sites, unwrap
+from .sites import Site, Sites, live_tensors, unwrap
 
 __all__ = ["Plan", "check_units", "plan"]
 
@@ -21,7 +21,7 @@ class Plan:
     """The outcome of a dry run; pairs are (before, after) of the sites that are not refused.
 
     flops: of one forward pass of the example inputs through linear and convolution layers. memory: bytes of
-    parameters and buffers. refused: site name -> why.
+    parameters and buffers; reserved room is left out of all of them. refused: site name -> why.
     """
 
     widths: dict[str, tuple[int, int]]
@@ -60,8 +60,11 @@ def plan(model: nn.Module, units: Mapping[str, int], *, sites: Sites, how: How |
     price = pricing(model, sites)
     (old_parameters, old_flops), (new_parameters, new_flops) = price({}), price(allowed)
     inner = unwrap(model)
-    tensors = [*inner.parameters(), *inner.buffers()]
-    memory = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    tensors = live_tensors(inner)
+    memory = sum(
+        tensors[name].numel() * tensor.element_size()
+        for name, tensor in (*inner.named_parameters(), *inner.named_buffers())
+    )
     sizes = {parameter.element_size() for parameter in inner.parameters()}
     added = (new_parameters - old_parameters) * max(sizes, default=0)
     return Plan(

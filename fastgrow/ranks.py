@@ -14,7 +14,7 @@ from .distributed import Replicas
 from .errors import GrowthError
 from .layout import size, whole_unit_positions
 from .names import find_module
-from .sites import Site, Sites, tensors_of, unwrap
+from .sites import Site, Sites, live_tensors, unwrap
 from .where import effective_dimension
 
 __all__ = ["ActivationRanks", "weight_ranks"]
@@ -32,7 +32,7 @@ class ActivationRanks:
     def __init__(self, model: nn.Module, sites: Sites) -> None:
         self.model = unwrap(model)
         self.sites = sites
-        self._sizes = sites.sizes(model)
+        self._sizes = sites.sizes(model, room=True)
         self._grams: dict[str, Tensor] = {}
         self._samples: dict[str, int] = {}
 
@@ -106,7 +106,7 @@ class ActivationRanks:
 
 def weight_ranks(model: nn.Module, sites: Sites, epsilon: float) -> dict[str, float]:
     """The same of the incoming weights of each site's first producer: H is (in x kernel, out)."""
-    tensors, sizes = tensors_of(model), sites.sizes(model)
+    tensors, sizes = live_tensors(model), sites.sizes(model)
     found: dict[str, float] = {}
     for site in sites:
         slot = site.weight(site.producers[0], "producer")

@@ -20,17 +20,23 @@ from .names import find_tensor
 __all__ = [
     "ATTRIBUTE",
     "EDITED",
+    "ROOM",
+    "WITHOUT_ROOM",
     "Axes",
     "Axis",
     "axes_of",
     "clear",
     "edited_attributes",
+    "live",
+    "live_in",
+    "live_part",
     "load_state",
     "newest_stage",
     "record",
     "stages_of",
     "state",
     "with_growth",
+    "without_room",
 ]
 
 ATTRIBUTE = "_fastgrow_axes"
@@ -39,12 +45,18 @@ ATTRIBUTE = "_fastgrow_axes"
 EDITED = "_fastgrow_edited"
 """Name of the attribute that holds the names of a module's other attributes that growth has changed."""
 
+WITHOUT_ROOM = "_fastgrow_without_room"
+"""Name of the attribute that holds what a module's size attributes would be if its room were cut off."""
+
+ROOM = 2**31 - 1
+"""The stage of reserved room: no unit yet. The largest, so that an entry is room where any of its indices is."""
+
 
 @dataclass(frozen=True, eq=False)
 class Axis:
     """One grown dimension of one tensor. Both tensors are int64 on the CPU."""
 
-    stage: Tensor  # (n,): the stage at which each index was born, 0 for the seed
+    stage: Tensor  # (n,): the stage at which each index was born, 0 for the seed, ROOM where no unit is
     origin: Tensor  # (seed length,): the present position of each index of the seed
 
     @staticmethod
@@ -55,13 +67,21 @@ class Axis:
     @cached_property
     def newest(self) -> int:
         """The stage of the youngest index."""
-        return int(self.stage.max()) if self.stage.numel() else 0
+        return int(born.max()) if (born := self.stage[self.stage != ROOM]).numel() else 0
 
-    def grown(self, index: Tensor, length: int, stage: int) -> Axis:
-        """After a growth to `length` that moved index i to ``index[i]``; the others are born at `stage`."""
+    def grown(self, index: Tensor, length: int, stage: int, room: Tensor | None = None) -> Axis:
+        """After a growth to `length` that moved index i to ``index[i]`` (-1: dropped it); positions in `room` hold
+        no unit, the others are born at `stage`."""
         stages = torch.full((length,), stage, dtype=torch.int64, device="cpu")
-        stages[index] = self.stage
+        if room is not None:
+            stages[room] = ROOM
+        stages[index[index >= 0]] = self.stage[index >= 0]
         return Axis(stages, index[self.origin])
+
+    @cached_property
+    def live(self) -> Tensor:
+        """The positions that hold units: int64."""
+        return (self.stage != ROOM).nonzero().squeeze(1)
 
 
 Axes = Mapping[str, Mapping[int, Axis]]
@@ -93,8 +113,9 @@ def with_growth(
     maps: Mapping[int, Tensor],
     stage: int,
     made: dict[tuple[int, ...], Axis],
+    room: Mapping[int, Tensor] | None = None,
 ) -> dict[int, Axis]:
-    """The axes of one tensor after a growth from `old` to `new` shape; `maps` as in `TensorEdit.axes`.
+    """The axes of one tensor after a growth from `old` to `new` shape; `maps`, `room` as in `TensorEdit`.
 
     made: the axes that this growth has made so far, shared by tensors whose axes were one and move alike.
     A dimension that only moved its indices is followed if it has grown before, and not begun otherwise.
@@ -103,11 +124,42 @@ def with_growth(
     for dim, index in maps.items():
         if dim in axes or new[dim] > old[dim]:
             before = axes.get(dim)
-            key = (id(index), new[dim], -1 if before is None else id(before))
+            own = (room or {}).get(dim)
+            key = (id(index), new[dim], -1 if before is None else id(before), -1 if own is None else id(own))
             if key not in made:
-                made[key] = (before or Axis.seed(old[dim])).grown(index, new[dim], stage)
+                made[key] = (before or Axis.seed(old[dim])).grown(index, new[dim], stage, own)
             axes[dim] = made[key]
     return axes
+
+
+def live(axes: Mapping[int, Axis]) -> dict[int, Tensor]:
+    """dimension -> the positions that hold units, of each dimension that has room."""
+    return {dim: axis.live for dim, axis in axes.items() if len(axis.live) < len(axis.stage)}
+
+
+def live_in(model: nn.Module) -> dict[str, dict[int, Tensor]]:
+    """`live` of every tensor with room, by each of its names."""
+    found: dict[str, dict[int, Tensor]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for leaf, axes in vars(module).get(ATTRIBUTE, {}).items():
+            if positions := live(axes):
+                found[f"{prefix}.{leaf}" if prefix else leaf] = positions
+    return found
+
+
+def live_part(tensor: Tensor, positions: Mapping[int, Tensor]) -> Tensor:
+    """A tensor without its room: a view where the units lie before it, else a copy."""
+    for dim, index in positions.items():
+        if len(index) and int(index[-1]) == len(index) - 1:
+            tensor = tensor.narrow(dim, 0, len(index))
+        else:
+            tensor = tensor.index_select(dim, index.to(tensor.device))
+    return tensor
+
+
+def without_room(module: nn.Module) -> dict[str, Any]:
+    """Size attributes of a module whose tensors have room -> their values without it."""
+    return dict(vars(module).get(WITHOUT_ROOM, {}))
 
 
 def edited_attributes(module: nn.Module) -> tuple[str, ...]:
@@ -120,6 +172,7 @@ def clear(model: nn.Module) -> None:
     for module in model.modules():
         record(module, {})
         vars(module).pop(EDITED, None)
+        vars(module).pop(WITHOUT_ROOM, None)
 
 
 def newest_stage(model: nn.Module) -> int:

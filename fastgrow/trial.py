@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .edits import attribute_edits
 from .layout import size
 from .nn import attention_traced
+from .room import has_room
 from .sharded import as_written, wrapped_modules
 from .sites import Sites, as_call, discover, open_outputs, tensors_of, unwrap, without_hooks
 
@@ -44,7 +45,7 @@ def find_sites(
     if wrapped_modules(model):  # no export follows sharded parameters; shapes are all that it needs
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         exported, inputs = fake_copy(model, mode), _fake(mode, example_inputs)
-    sites = discover(exported, inputs, include=include, exclude=exclude)
+    sites = _without_room(model, discover(exported, inputs, include=include, exclude=exclude))
     if not sites:
         return sites
     smallest = {site.name: site.multiple for site in sites}
@@ -64,6 +65,18 @@ def find_sites(
             **{name: f"its size is written into the code: {r}" for name, r in failed.items()},
         },
     )
+
+
+def _without_room(model: nn.Module, sites: Sites) -> Sites:
+    """Sites whose widths count no reserved room."""
+    if not has_room(model):
+        return sites
+    sizes = sites.sizes(model)
+    items, left_out = (
+        tuple(dataclasses.replace(site, width=sizes[site.axis] * site.step) for site in of)
+        for of in (sites.items, sites.left_out)
+    )
+    return dataclasses.replace(sites, items=items, left_out=left_out)
 
 
 def fake_copy(model: nn.Module, mode: FakeTensorMode, shapes: Mapping[str, Sequence[int]] | None = None) -> nn.Module:
@@ -102,7 +115,7 @@ def _run(model: nn.Module, mode: FakeTensorMode, example_inputs: Any) -> list[tu
 def trial(model: nn.Module, sites: Sites, units: Mapping[str, int], example_inputs: Any) -> str | None:
     """Why the model does not run with these units more; None where it does, with outputs as before."""
     assert sites.graph is not None
-    present = sites.sizes(model)
+    present = sites.sizes(model, room=True)
     sizes = dict(present)
     for name, count in units.items():
         sizes[sites[name].axis] += count // sites[name].step

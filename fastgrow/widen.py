@@ -34,11 +34,12 @@ class TensorEdit:
     """New shape and values of one parameter or buffer. Tied names follow: a tensor is edited once."""
 
     tensor: str  # name in model.state_dict(), or of a buffer that isn't saved
-    axes: Mapping[int, Tensor]  # dimension -> (old length,) int64: where each old index goes
+    axes: Mapping[int, Tensor]  # dimension -> (old length,) int64: where each old index goes; -1 drops room
     shape: tuple[int, ...]  # the new shape
     fresh: Tensor | tuple[Block, ...] | None = None  # where no old value lands: of the new shape, or blocks; else zeros
     scale: float | Tensor = 1.0  # factor on the old values, broadcast against the old shape
     shift: Tensor | None = None  # added to them afterwards, broadcast against the old shape
+    room: Mapping[int, Tensor] | None = None  # dimension -> new positions without a unit; given: written in place
 
     @property
     def values(self) -> list[Tensor]:
@@ -49,11 +50,12 @@ class TensorEdit:
 
 @dataclass(frozen=True)
 class AttributeEdit:
-    """A new value for a plain attribute of a module (``out_channels``)."""
+    """A new value for a plain attribute of a module (``out_channels``); without_room: where it counts room."""
 
     module: str
     attribute: str
     value: Any
+    without_room: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +95,9 @@ def widen(
     Every edited parameter becomes a new ``nn.Parameter`` (of the same class) of the same dtype, device,
     memory format, ``requires_grad``, hooks and attributes; ``.grad``, where there is one, keeps its
     old block and is zero elsewhere. Old values are kept bit for bit where ``scale`` is 1 and there is no
-    ``shift``; these reach neither ``.grad`` nor optimizer state. Tensors that no edit names stay the same objects.
+    ``shift``; these reach neither ``.grad`` nor optimizer state. Tensors that no edit names stay the same objects;
+    so do those whose edit gives ``room`` and neither their shape nor their units' places: they are written in place,
+    as their optimizer state is.
 
     optimizers: param groups keep order and options; state as `optimizer_state` says. Those with a
     method ``grown(parameter, stages: dict[int, Tensor])`` are told of each new parameter they hold.
@@ -122,7 +126,7 @@ _OWN = frozenset(("_parameters", "_buffers", "_modules", "_non_persistent_buffer
 
 @dataclass(eq=False)
 class _Plan:
-    """Assignments ``container[key] = value`` (_ABSENT: deletion), and who is told afterwards."""
+    """Assignments ``container[key] = value`` (_ABSENT: deletion; a tensor is written at key), and who is told."""
 
     assignments: list[tuple[Any, Any, Any]] = field(default_factory=list)
     told: list[tuple[Any, Tensor, dict[int, Tensor]]] = field(default_factory=list)
@@ -136,8 +140,7 @@ class _Plan:
 
         try:
             for container, key, value in self.assignments:
-                before = container[key] if isinstance(container, list) else container.get(key, _ABSENT)
-                undo.append((container, key, before))
+                undo.append((container, key, _standing(container, key)))
                 _assign(container, key, value)
             for optimizer, parameter, born in self.told:
                 optimizer.grown(parameter, born)
@@ -173,7 +176,7 @@ class _Plan:
         renewals = Renewals(roots)
         for root in roots:
             for edit in edits:
-                _build(root, edit, _whose(root, model), grown, edited, renewals)
+                plan.assignments += _build(root, edit, _whose(root, model), grown, edited, renewals)
         plan.assignments += renewals.assignments
         replaced = plan._swap_modules(roots, swaps, renewals)
         for root in roots:
@@ -191,9 +194,10 @@ class _Plan:
     ) -> None:
         born: dict[int, dict[int, Tensor]] = {}
         made: dict[tuple[int, ...], stages.Axis] = {}
-        _check_memory(roots, grown)
+        moved = {key: found for key, found in grown.items() if not found.stays}
+        _check_memory(roots, moved)
         for module in _modules(roots):
-            _check_references(module, grown)
+            _check_references(module, moved)
             owner = replaced.get(id(module), module)
             recorded, changed = stages.axes_of(module), False
             for registry in (owner._parameters, owner._buffers):
@@ -202,20 +206,27 @@ class _Plan:
                     if found is None:
                         continue
                     changed = True
-                    self.assignments.append((registry, leaf, found.new))
+                    if not found.stays:
+                        self.assignments.append((registry, leaf, found.new))
                     enlargement = found.enlargement
                     recorded[leaf] = stages.with_growth(
-                        recorded.get(leaf, {}), enlargement.old, enlargement.new, enlargement.axes, stage, made
+                        recorded.get(leaf, {}),
+                        enlargement.old,
+                        enlargement.new,
+                        enlargement.axes,
+                        stage,
+                        made,
+                        enlargement.room,
                     )
                     born[id(found.old)] = {dim: axis.stage for dim, axis in recorded[leaf].items()}
             recorded = {leaf: axes for leaf, axes in recorded.items() if axes}
             if changed and recorded:
                 self.assignments.append((vars(owner), stages.ATTRIBUTE, recorded))
             if isinstance(module, parametrize.ParametrizationList):
-                _check_parametrization(module, grown)
+                _check_parametrization(module, moved)
         for optimizer in _unique(unwrapped(optimizers)):
             carried = carry(optimizer, grown)
-            self.assignments += carried.members
+            self.assignments += [*carried.members, *carried.written]
             for old, new, entries in carried.entries:
                 self.assignments += [(carried.state, old, _ABSENT), (carried.state, new, entries)]
             if callable(getattr(optimizer, "grown", None)):
@@ -284,7 +295,7 @@ class _Plan:
         whose: str,
         replaced: Mapping[int, nn.Module],
     ) -> None:
-        edited: dict[int, tuple[nn.Module, dict[str, None]]] = {}
+        edited: dict[int, tuple[nn.Module, dict[str, None], dict[str, Any]]] = {}
         for edit in attributes:
             name = edit.attribute
             named = find_module(root, edit.module)
@@ -298,10 +309,16 @@ class _Plan:
                 )
             owner = replaced.get(id(module), module)
             self.assignments.append((vars(owner), name, edit.value))
-            known = edited.setdefault(id(owner), (owner, dict.fromkeys(stages.edited_attributes(module))))[1]
+            names = dict.fromkeys(stages.edited_attributes(module))
+            _, known, bare = edited.setdefault(id(owner), (owner, names, stages.without_room(module)))
             known[name] = None
-        for owner, names in edited.values():
-            self.assignments.append((vars(owner), stages.EDITED, tuple(names)))
+            bare.pop(name, None)
+            if edit.without_room is not None:
+                bare[name] = edit.without_room
+        for owner, known, bare in edited.values():
+            self.assignments.append((vars(owner), stages.EDITED, tuple(known)))
+            if bare or stages.without_room(owner):
+                self.assignments.append((vars(owner), stages.WITHOUT_ROOM, bare or _ABSENT))
 
 
 def _build(
@@ -311,8 +328,11 @@ def _build(
     grown: dict[int, GrownParameter],
     edited: dict[int, TensorEdit],
     renewals: Renewals,
-) -> None:
-    """Make one edit's new tensor and enter it in `grown`; nothing where it is there already."""
+) -> list[tuple[Any, Any, Any]]:
+    """Make one edit's new tensor and enter it in `grown`; nothing where it is there already.
+
+    Returns what is to be written into a tensor that stays.
+    """
     found = find_tensor(root, edit.tensor)
     if found is None:
         raise GrowthError(_unknown_tensor(root, edit.tensor, whose))
@@ -328,12 +348,12 @@ def _build(
     previous = edited.get(id(old))
     if previous is not None:
         if previous is edit or _same(previous, edit):
-            return
+            return []
         raise GrowthError(
             f"{whose}: {previous.tensor!r} and {edit.tensor!r} are the same tensor, edited in two ways; "
             "join them into one edit"
         )
-    enlargement = Enlargement.checked(what, old.shape, edit.shape, edit.axes)
+    enlargement = Enlargement.checked(what, old.shape, edit.shape, edit.axes, edit.room)
     if isinstance(edit.fresh, Tensor) and tuple(edit.fresh.shape) != enlargement.new:
         raise GrowthError(f"{what}: fresh has shape {tuple(edit.fresh.shape)}, wanted {enlargement.new}")
     for block in edit.fresh if isinstance(edit.fresh, tuple) else ():
@@ -350,6 +370,13 @@ def _build(
         raise GrowthError(
             f"{what}: shift has shape {tuple(edit.shift.shape)}, which doesn't broadcast to {enlargement.old}"
         )
+    if edit.room is not None and enlargement.stays:
+        grown[id(old)] = GrownParameter(edit.tensor, old, old, enlargement, edit.fresh)
+        edited[id(old)] = edit
+        values = old.detach()
+        if isinstance(edit.scale, Tensor) or edit.scale != 1.0 or edit.shift is not None:
+            return [(values, None, enlargement.place(values, edit.fresh, edit.scale, edit.shift))]
+        return list(enlargement.births(values, edit.fresh))
     new = enlargement.place(whole(old).detach(), edit.fresh, edit.scale, edit.shift)
     if is_sharded(old):
         new = renewals.renewed(what, old, new)
@@ -363,6 +390,7 @@ def _build(
         new.grad = part(gradient, old.grad) if is_sharded(old.grad) else gradient
     grown[id(old)] = GrownParameter(edit.tensor, old, new, enlargement)
     edited[id(old)] = edit
+    return []
 
 
 def _parameter_like(old: nn.Parameter, values: Tensor) -> Tensor:
@@ -411,8 +439,9 @@ def _take_over(name: str, old: nn.Module, new: nn.Module) -> None:
     new._buffers.update(old._buffers)
     vars(new).update({key: value for key, value in vars(old).items() if "_hook" in key and key in vars(new)})
     stages.record(new, stages.axes_of(old))
-    if stages.edited_attributes(old):
-        vars(new)[stages.EDITED] = stages.edited_attributes(old)
+    for mark in (stages.EDITED, stages.WITHOUT_ROOM):
+        if mark in vars(old):
+            vars(new)[mark] = vars(old)[mark]
     new.train(old.training)
 
 
@@ -516,6 +545,9 @@ def _same(one: TensorEdit, other: TensorEdit) -> bool:
         return False
     if not all(torch.equal(index, other.axes[dim]) for dim, index in one.axes.items()):
         return False
+    rooms = (one.room or {}, other.room or {})
+    if rooms[0].keys() != rooms[1].keys() or not all(torch.equal(at, rooms[1][dim]) for dim, at in rooms[0].items()):
+        return False
     return all(_equal(getattr(one, name), getattr(other, name)) for name in ("fresh", "scale", "shift"))
 
 
@@ -546,8 +578,24 @@ def _whose(root: nn.Module, model: nn.Module) -> str:
     return "the model" if root is model else f"a copy that must follow ({type(root).__name__})"
 
 
+def _standing(container: Any, key: Any) -> Any:
+    """What `_assign` would replace."""
+    if not isinstance(container, Tensor):
+        return container[key] if isinstance(container, list) else container.get(key, _ABSENT)
+    if key is None:
+        return container.clone()
+    dim, positions = key
+    return container.index_select(dim, positions)
+
+
 def _assign(container: Any, key: Any, value: Any) -> None:
-    if value is _ABSENT:
+    if isinstance(container, Tensor):
+        if key is None:
+            container.copy_(value)
+        else:
+            dim, positions = key
+            container.index_copy_(dim, positions, value)
+    elif value is _ABSENT:
         container.pop(key, None)
     else:
         container[key] = value

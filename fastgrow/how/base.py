@@ -16,7 +16,7 @@ from ..layout import new_positions, restricted_size, unit_positions, whole_unit_
 from ..members import Channels, Side
 from ..names import find_module
 from ..site_view import SiteView
-from ..sites import Site, Sites, Slot, tensors_of
+from ..sites import Site, Sites, Slot, live_tensors
 from ..solve import Directions
 from .units import gather
 
@@ -69,7 +69,7 @@ class Newborns:
     sizes: Mapping[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.tensors = self.tensors or tensors_of(self.model)
+        self.tensors = self.tensors or live_tensors(self.model)
         self.sizes = self.sizes or self.sites.sizes(self.model)
         self.steps = self.units // self.site.step
 
@@ -227,6 +227,8 @@ class How:
     those before it grown."""
     needs_closure = False
     """Whether the loss is needed again: `rehearse` answers instead of `start`."""
+    fills_room = True
+    """Whether units can start in room that was reserved: not where a method tries or reads the tensors themselves."""
 
     @property
     def name(self) -> str:

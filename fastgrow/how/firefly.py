@@ -41,6 +41,7 @@ class Firefly(How):
     """
 
     needs_closure = True
+    fills_room = False
 
     def __init__(
         self,

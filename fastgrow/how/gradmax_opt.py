@@ -49,6 +49,7 @@ class GradMaxOpt(How):
 
     needs_directions = True
     solves = True
+    fills_room = False
 
     def __init__(
         self,

@@ -54,6 +54,7 @@ class Splitting(How):
 
     needs_directions = True
     solves = True
+    fills_room = False
     reads_growth = False
     rewrites = True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -39,10 +39,11 @@ class GrowCallback(library.Callback):
         Trainer(callbacks=[growth]).fit(lit, loader)
         growth.grower.history
 
-    when, where, how, sites, also, batches, growth: as in `fastgrow.Grower` (batches: optimizer steps, each with all of
-    its micro-batches). module: the name of the part that grows and that ``training_step`` calls; by default the
-    LightningModule itself. example_inputs, include, exclude: what finds the sites, as in `fastgrow.find_sites`; by
-    default ``example_input_array``, or the inputs of the first batch (growth then cannot come on the first step).
+    when, where, how, sites, also, batches, growth, reserve: as in `fastgrow.Grower` (batches: optimizer steps, each
+    with all of its micro-batches). module: the name of the part that grows and that ``training_step`` calls; by
+    default the LightningModule itself. example_inputs, include, exclude: what finds the sites, as in
+    `fastgrow.find_sites`; by default ``example_input_array``, or the inputs of the first batch (growth then cannot
+    come on the first step).
     monitor: the name of a logged validation metric that feeds the policy.
 
     Lightning's checkpoints hold the grown widths and the Grower's state under "fastgrow"; a fit that is resumed
@@ -64,6 +65,7 @@ class GrowCallback(library.Callback):
         also: Iterable[nn.Module] = (),
         batches: int = 1,
         growth: Literal["exact", "sketch"] = "exact",
+        reserve: int | Mapping[str, int] | None = None,
         monitor: str | None = None,
     ) -> None:
         self.grower: Grower | None = None
@@ -72,6 +74,7 @@ class GrowCallback(library.Callback):
         self._options: dict[str, Any] = {"when": when, "where": where, "how": how, "also": list(also)}
         self._options["batches"] = whole("GrowCallback", "batches", batches)
         self._options["growth"] = choice("GrowCallback", "growth", growth, ("exact", "sketch"))
+        self._options["reserve"] = reserve
         self._sites, self._inputs = sites, example_inputs
         self._patterns = {"include": include, "exclude": exclude}
         self._saved: dict[str, Any] | None = None

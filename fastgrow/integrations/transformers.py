@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,9 +36,10 @@ class GrowCallback(TrainerCallback):
         Trainer(model, args, train_dataset=data, callbacks=[growth]).train()
         growth.grower.history
 
-    when, where, how, sites, also, batches, growth: as in `fastgrow.Grower` (batches: optimizer steps, each with all of
-    its micro-batches). example_inputs, include, exclude: what finds the sites, as in `fastgrow.find_sites`; by
-    default the inputs of the first batch, labels left out (growth then cannot come on the first step).
+    when, where, how, sites, also, batches, growth, reserve: as in `fastgrow.Grower` (batches: optimizer steps, each
+    with all of its micro-batches). example_inputs, include, exclude: what finds the sites, as in
+    `fastgrow.find_sites`; by default the inputs of the first batch, labels left out (growth then cannot come on the
+    first step).
     metric: the name of an evaluation metric that feeds the policy, "eval_loss" for instance.
 
     A model's config follows its growth where it can say the widths (`follow_config`). Every checkpoint of
@@ -63,6 +64,7 @@ class GrowCallback(TrainerCallback):
         also: Iterable[nn.Module] = (),
         batches: int = 1,
         growth: Literal["exact", "sketch"] = "exact",
+        reserve: int | Mapping[str, int] | None = None,
         metric: str | None = None,
     ) -> None:
         self.grower: Grower | None = None
@@ -70,6 +72,7 @@ class GrowCallback(TrainerCallback):
         self._options: dict[str, Any] = {"when": when, "where": where, "how": how, "also": list(also)}
         self._options["batches"] = whole("GrowCallback", "batches", batches)
         self._options["growth"] = choice("GrowCallback", "growth", growth, ("exact", "sketch"))
+        self._options["reserve"] = reserve
         self._sites, self._inputs = sites, example_inputs
         self._patterns = {"include": include, "exclude": exclude}
         self._saved: Path | None = None

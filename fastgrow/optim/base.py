@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GrowthError
+from ..stages import ROOM
 from . import fused
 from .blocks import Blocks, runs_of
 from .entry import BlockNumbers, Entry, unwrap
@@ -138,7 +139,8 @@ class GrowingOptimizer(torch.optim.Optimizer):
         entry = Entry(parameter, {dim: runs_of(vector) for dim, vector in stages.items()})
         present = entry.blocks.stages
         # told of growth for the first time, it takes the newest stage for new and the others for its seed
-        born = {k for k in present if k not in known} if known else {k for k in present[-1:] if k > 0}
+        units = [k for k in present if k != ROOM]
+        born = {k for k in units if k not in known} if known else {k for k in units[-1:] if k > 0}
         state["stages"] = entry.stages
         state["births"] = {k: now if k in born else known.get(k, 0) for k in present}
         state["waiting"] = [_UNDECIDED if k in born else flags.get(k, 0.0) for k in present]
@@ -173,7 +175,9 @@ class GrowingOptimizer(torch.optim.Optimizer):
         entry = self._entry(parameter)
         numbers = self._numbers(group, parameter, state, entry.blocks)
         self._apply_ratios(group, parameter, state, entry, numbers)
-        return {stage: of.rate for stage, of in zip(entry.blocks.stages, numbers, strict=True)}
+        rates = {stage: of.rate for stage, of in zip(entry.blocks.stages, numbers, strict=True)}
+        rates.pop(ROOM, None)  # entries without a unit
+        return rates
 
     def _group_of(self, parameter: Tensor) -> Group:
         for group in self.param_groups:

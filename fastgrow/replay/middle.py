@@ -114,7 +114,7 @@ class Replay:
         self.dtype = torch.float64 if double else torch.float32
         self.device = next(iter((*capture.gradients.values(), *capture.inputs.values()))).device
         self.modules = dict(unwrap(model).named_modules())
-        self.sizes = sites.sizes(model)
+        self.sizes = sites.sizes(model, room=True)
         given = zip(self.graph.trace.inputs, capture.arguments, strict=False)
         self.arguments = {name: tensor for name, tensor in given if tensor is not None}
         self._bind_inputs()

@@ -2,7 +2,7 @@
 
 from .discover import discover
 from .graph import Followed, LayerCall, argument_paths, as_call, evaluation, open_outputs, unwrap, without_hooks
-from .site import Activation, AttributeRule, Gate, LayerInfo, Norm, Site, Sites, Slot, tensors_of
+from .site import Activation, AttributeRule, Gate, LayerInfo, Norm, Site, Sites, Slot, live_tensors, tensors_of
 
 __all__ = [
     "Activation",
@@ -19,6 +19,7 @@ __all__ = [
     "as_call",
     "discover",
     "evaluation",
+    "live_tensors",
     "open_outputs",
     "tensors_of",
     "unwrap",

@@ -85,7 +85,8 @@ def discover(
     growing = {site.axis for site in found}
     constants = {axis: extent for axis, extent in propagation.tracker.sizes.items() if axis not in growing}
     if chosen:
-        unread = unreadable(found, tensors_of(inner), constants)
+        shapes = {name: tensor.shape for name, tensor in tensors_of(inner).items()}
+        unread = unreadable(found, shapes, constants)
         for site in unread:
             constants[site.axis] = site.width // site.step
             frozen[site.name] = (

@@ -6,14 +6,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import overload
 
+import torch
 from torch import Tensor, nn
 
+from .. import stages
 from ..errors import GrowthError
 from ..insertions import places
 from ..layout import Layout, axes_of, size
 from .graph import Followed, unwrap
 
-__all__ = ["Activation", "AttributeRule", "Gate", "LayerInfo", "Norm", "Site", "Sites", "Slot", "tensors_of"]
+__all__ = [
+    "Activation",
+    "AttributeRule",
+    "Gate",
+    "LayerInfo",
+    "Norm",
+    "Site",
+    "Sites",
+    "Slot",
+    "live_tensors",
+    "tensors_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +205,14 @@ class Sites(Sequence[Site]):
     def __len__(self) -> int:
         return len(self.items)
 
-    def sizes(self, model: nn.Module) -> dict[int, int]:
-        """Every axis number -> its present size in this model.
+    def layouts(self, tensor: str) -> dict[int, Layout]:
+        """The layout of each dimension of a tensor; of those that the sites name, where no graph tells them all."""
+        if self.graph is not None and tensor in self.graph.tensor_dims:
+            return dict(enumerate(self.graph.tensor_dims[tensor]))
+        return {slot.dim: slot.layout for site in self for slot in site.slots if slot.tensor == tensor}
+
+    def sizes(self, model: nn.Module, *, room: bool = False) -> dict[int, int]:
+        """Every axis number -> its present size in this model; room: what is reserved for growth included.
 
         raises: GrowthError where the model's tensors do not fit the sites (another model, or one that
         was resized by hand), and where a layer was inserted since they were found.
@@ -205,8 +224,12 @@ class Sites(Sequence[Site]):
                 "fastgrow.find_sites (for a Grower: use Grower.insert_layer, or set its sites)"
             )
         tensors = tensors_of(model)
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        for name, positions in () if room else stages.live_in(unwrap(model)).items():
+            lengths = {dim: len(index) for dim, index in positions.items()}
+            shapes[name] = torch.Size(lengths.get(dim, length) for dim, length in enumerate(shapes[name]))
         sizes = dict(self.constants)
-        missing = _read(sizes, (*self.items, *self.left_out), tensors)
+        missing = _read(sizes, (*self.items, *self.left_out), shapes)
         if missing:
             raise GrowthError(f"site {missing[0].name!r}: its width cannot be read from the model's tensors")
         return sizes
@@ -234,22 +257,30 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def unreadable(sites: Sequence[Site], tensors: Mapping[str, Tensor], known: Mapping[int, int]) -> list[Site]:
+def live_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """`tensors_of`, those with reserved room detached and without it."""
+    tensors = tensors_of(model)
+    for name, positions in stages.live_in(unwrap(model)).items():
+        tensors[name] = stages.live_part(tensors[name].detach(), positions)
+    return tensors
+
+
+def unreadable(sites: Sequence[Site], shapes: Mapping[str, torch.Size], known: Mapping[int, int]) -> list[Site]:
     """The fewest sites, first come, that must keep their widths for the others' to be told from the tensors."""
     sizes, found = dict(known), []
-    while missing := _read(sizes, sites, tensors):
+    while missing := _read(sizes, sites, shapes):
         found.append(missing[0])
         sizes[missing[0].axis] = missing[0].width // missing[0].step
     return found
 
 
-def _read(sizes: dict[int, int], sites: Sequence[Site], tensors: Mapping[str, Tensor]) -> list[Site]:
+def _read(sizes: dict[int, int], sites: Sequence[Site], shapes: Mapping[str, torch.Size]) -> list[Site]:
     """Enter the sites' sizes, each as soon as those it shares its tensors with are known; returns the rest."""
     rest = [site for site in sites if site.axis not in sizes]
     while rest:
         left = []
         for site in rest:
-            found = _axis_size(site, tensors, sizes)
+            found = _axis_size(site, shapes, sizes)
             if found is None:
                 left.append(site)
             else:
@@ -260,15 +291,15 @@ def _read(sizes: dict[int, int], sites: Sequence[Site], tensors: Mapping[str, Te
     return rest
 
 
-def _axis_size(site: Site, tensors: Mapping[str, Tensor], known: Mapping[int, int]) -> int | None:
+def _axis_size(site: Site, shapes: Mapping[str, torch.Size], known: Mapping[int, int]) -> int | None:
     """Solve a dimension's length for the size of the site's axis: it is linear in it. None: others come first."""
     for slot in site.slots:
         others = [axis for axis in axes_of(slot.layout) if axis != site.axis and axis not in known]
         if others:
             continue
-        if slot.tensor not in tensors:
+        if slot.tensor not in shapes:
             raise GrowthError(f"site {site.name!r} was found in another model: {slot.tensor!r} is not in this one")
-        length = tensors[slot.tensor].shape[slot.dim]
+        length = shapes[slot.tensor][slot.dim]
         base = size(slot.layout, {**known, site.axis: 0})
         slope = size(slot.layout, {**known, site.axis: 1}) - base
         if slope <= 0 or (length - base) % slope or length < base:
