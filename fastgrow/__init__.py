@@ -7,7 +7,8 @@ from .grow import GrowthReport, SiteGrowth, finalize, grow
 from .grower import Grower
 from .insert import insert_layer
 from .named import name_sites
-from .observe import Observation, observe
+from .observation import Observation
+from .observe import observe
 from .plan import Plan, plan
 from .report import report
 from .reserve import release, reserve

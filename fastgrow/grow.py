@@ -23,7 +23,8 @@ from .how import GradMax, How, Newborns, Start
 from .insertions import forget
 from .integrations.config import follow_configs
 from .nn import Beside, MultiheadAttention, original
-from .observe import Observation, observe
+from .observation import Observation
+from .observe import observe
 from .plan import check_units
 from .rehearsal import Rehearsal, checked_loss, preserved
 from .reserve import check_method, fitted, release

@@ -21,7 +21,7 @@ from .how import GradMax, How
 from .insert import insert_layer
 from .names import find_module
 from .natural import natural_directions
-from .observe import Observation
+from .observation import Observation
 from .observe import observe as Observer
 from .ranks import ActivationRanks, weight_ranks
 from .reserve import check_method, check_room

@@ -7,7 +7,6 @@ fail. Then one run of assignments into the dicts and lists that hold them, undon
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,9 +21,10 @@ from torch.nn.utils import parametrize
 from . import stages
 from .enlarge import Block, Enlargement
 from .errors import GrowthError
-from .names import find_module, find_tensor, innermost, is_wrapper
-from .optimizer_state import GrownParameter, carry, holds, unwrapped
+from .names import find_module, find_tensor, innermost
+from .optimizer_state import GrownParameter, carry, unwrapped
 from .sharded import Renewals, is_sharded, part, whole
+from .tensor_checks import check_memory, check_owner, check_parametrization, check_references, unknown_tensor
 
 __all__ = ["AttributeEdit", "Joining", "ModuleSwap", "TensorEdit", "widen"]
 
@@ -121,7 +121,6 @@ def widen(
 
 
 _ABSENT = object()
-_OWN = frozenset(("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", stages.ATTRIBUTE))
 
 
 @dataclass(eq=False)
@@ -195,9 +194,9 @@ class _Plan:
         born: dict[int, dict[int, Tensor]] = {}
         made: dict[tuple[int, ...], stages.Axis] = {}
         moved = {key: found for key, found in grown.items() if not found.stays}
-        _check_memory(roots, moved)
+        check_memory(roots, moved)
         for module in _modules(roots):
-            _check_references(module, moved)
+            check_references(module, moved)
             owner = replaced.get(id(module), module)
             recorded, changed = stages.axes_of(module), False
             for registry in (owner._parameters, owner._buffers):
@@ -223,7 +222,7 @@ class _Plan:
             if changed and recorded:
                 self.assignments.append((vars(owner), stages.ATTRIBUTE, recorded))
             if isinstance(module, parametrize.ParametrizationList):
-                _check_parametrization(module, moved)
+                check_parametrization(module, moved)
         for optimizer in _unique(unwrapped(optimizers)):
             carried = carry(optimizer, grown)
             self.assignments += [*carried.members, *carried.written]
@@ -335,9 +334,9 @@ def _build(
     """
     found = find_tensor(root, edit.tensor)
     if found is None:
-        raise GrowthError(_unknown_tensor(root, edit.tensor, whose))
+        raise GrowthError(unknown_tensor(root, edit.tensor, whose))
     module, leaf = found
-    _check_owner(module, leaf, edit.tensor, whose)
+    check_owner(module, leaf, edit.tensor, whose)
     parameter = module._parameters.get(leaf)
     old: Tensor = getattr(module, leaf)
     what = f"{whose}: {edit.tensor!r}"
@@ -443,94 +442,6 @@ def _take_over(name: str, old: nn.Module, new: nn.Module) -> None:
         if mark in vars(old):
             vars(new)[mark] = vars(old)[mark]
     new.train(old.training)
-
-
-def _check_owner(module: nn.Module, leaf: str, name: str, whose: str) -> None:
-    if isinstance(module, torch.jit.ScriptModule):
-        raise GrowthError(f"{whose}: {name!r} belongs to a ScriptModule, whose shapes are fixed; grow the original")
-    # The hooks of torch.nn.utils.weight_norm, spectral_norm and prune: weight from weight_g and weight_v, ...
-    for source, value in vars(module).items() if "_" in leaf else ():
-        if isinstance(value, Tensor) and leaf.startswith(f"{source}_"):
-            raise GrowthError(
-                f"{whose}: a hook computes {source!r} from {name!r} and keeps it at its old size; "
-                "use torch.nn.utils.parametrizations instead, or remove the hook before growing"
-            )
-
-
-def _check_memory(roots: Sequence[nn.Module], grown: Mapping[int, GrownParameter]) -> None:
-    """Two tensor objects over the same memory would be one no longer."""
-    real = (Tensor, nn.Parameter)
-    tensors = {
-        id(tensor): (tensor, name)
-        for root in roots
-        for named in (root.named_parameters(), root.named_buffers())
-        for name, tensor in named
-        if type(tensor) in real and tensor.layout == torch.strided and tensor.numel()
-    }
-    at = {tensors[key][0].data_ptr(): tensors[key] for key in grown if key in tensors}
-    for tensor, name in tensors.values():
-        twin, twin_name = at.get(tensor.data_ptr(), (tensor, name))
-        if twin is not tensor and tensor.data_ptr():
-            raise GrowthError(
-                f"{twin_name!r} and {name!r} share memory but are two tensors; tie them as one Parameter "
-                "(layer.weight = other.weight), or give them memory of their own"
-            )
-
-
-def _check_references(module: nn.Module, grown: Mapping[int, GrownParameter]) -> None:
-    # DDP and its like keep lists of parameters; such wrappers are renewed after growth.
-    if is_wrapper(module):
-        return
-    for key, value in vars(module).items():
-        if not isinstance(value, (Tensor, list, tuple, set, dict)) or key in _OWN or "_hook" in key:
-            continue
-        if holds(value, grown):
-            raise GrowthError(
-                f"{type(module).__name__}.{key} keeps a second reference to a tensor that would grow; "
-                "look it up where it is used instead"
-            )
-
-
-def _check_parametrization(module: parametrize.ParametrizationList, grown: Mapping[int, GrownParameter]) -> None:
-    """Compute the parametrized tensor from the new originals: those that can't grow fail here."""
-    named: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
-    named.update(module.named_buffers(remove_duplicate=False))
-    fresh = {name: grown[id(tensor)].new for name, tensor in named.items() if id(tensor) in grown}
-    if not fresh:
-        return
-    # Copies, for a power iteration writes to its buffers.
-    trial = {name: fresh.get(name, tensor).detach().clone() for name, tensor in named.items()}
-    try:
-        torch.func.functional_call(module, trial, ())
-    except Exception as error:
-        kinds = ", ".join(type(child).__name__ for child in module)
-        raise GrowthError(
-            f"the parametrization {kinds} fails on the grown {', '.join(fresh)}: {error}; edit all of its "
-            "tensors, or call torch.nn.utils.parametrize.remove_parametrizations before growing"
-        ) from error
-
-
-def _unknown_tensor(root: nn.Module, name: str, whose: str) -> str:
-    path, _, leaf = name.rpartition(".")
-    module = find_module(root, path)
-    if module is None:
-        return f"{whose} has no module {path!r}, whose {leaf!r} was to grow"
-    if parametrize.is_parametrized(module, leaf):
-        prefix = f"parametrizations.{leaf}"
-        wrapped = module.get_submodule(prefix)
-        kinds = ", ".join(type(child).__name__ for child in wrapped.children())
-        originals = ", ".join(f"{path}.{prefix}.{key}".lstrip(".") for key in wrapped._parameters)
-        return (
-            f"{whose}: {name!r} is computed by the parametrization {kinds}; edit {originals}, "
-            "or call torch.nn.utils.parametrize.remove_parametrizations first"
-        )
-    if leaf in module._parameters or leaf in module._buffers:
-        return f"{whose}: {type(module).__name__} {path!r} has no {leaf} (it is None)"
-    if isinstance(vars(module).get(leaf), Tensor):
-        return f"{whose}: {name!r} is computed by a hook from other tensors; remove the hook before growing"
-    known = [known for named in (root.named_parameters(), root.named_buffers()) for known, _ in named]
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"{whose} has no parameter or buffer {name!r}" + (f"; is it {near[0]!r}?" if near else "")
 
 
 def _is_plain(module: nn.Module, name: str) -> bool:

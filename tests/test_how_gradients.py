@@ -249,3 +249,33 @@ def test_growing_behind_batch_norm_does_not_upset_training() -> None:
     after = [step() for _ in range(30)]
     assert max(after) < 1.05 * before
     assert after[-1] < 0.9 * before
+
+
+@pytest.mark.parametrize("relu", ["pairs", "epsilon"])
+def test_small_incoming_weights_hold_their_biases(relu: str) -> None:
+    """w and b of a unit are entries of one right singular vector of E[dz (h, 1)^T]."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.c, self.b = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(nn.functional.relu(self.a(x) + self.c(x)))
+
+    torch.manual_seed(0)
+    model = Net().double()
+    x, target = torch.randn(50, 4).double(), torch.randn(50, 3).double()
+    before = model(x).detach()
+    dz = 2 * (before - target) / target.numel()
+    matrix = dz.T @ torch.cat([x, torch.ones(50, 1).double()], 1).repeat(1, 2)
+    _, _, right = torch.linalg.svd(matrix)
+    sites = fg.find_sites(model, x)
+    how = fg.how.GradMax(bias=True, relu=relu)
+    fg.grow(model, {"a": 2}, how, sites=sites, closure=lambda: (model(x) - target).square().mean())
+    parts = [torch.cat([layer.weight[6:], layer.bias[6:, None]], 1) for layer in (model.a, model.c)]
+    incoming = torch.cat(parts, 1).detach()
+    incoming = incoming / incoming.norm(dim=1, keepdim=True)
+    wanted = right[[0, 0] if relu == "pairs" else [0, 1]]
+    assert (incoming * wanted).sum(1).abs().min() > 1 - 1e-12
+    assert (model(x) - before).abs().max() < (1e-15 if relu == "pairs" else 1e-3)

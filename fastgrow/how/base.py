@@ -127,6 +127,29 @@ class Newborns:
             )
         return result
 
+    def split_incoming(self, vectors: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Incoming vectors (length, steps) as `split`, and what they hold for biases as `split_bias`: where a growth
+        matrix counts those, the entries of a layer's bias stand behind those of its weight."""
+        weights = {name: math.prod(self.shape(name, "producer")) // self.steps for name in self.site.producers}
+        if len(vectors) == sum(weights.values()):
+            return self.split(vectors, "producer"), {}
+        biases = {slot.layer: self._bias_entries(slot) for slot in self.site.slots_of("bias")}
+        ends = [count for name in weights for count in (weights[name], biases.get(name, 0))]
+        if len(vectors) != sum(ends):
+            raise GrowthError(
+                f"site {self.site.name!r}: directions of length {len(vectors)} were given, its producers take "
+                f"{sum(weights.values())}, with their biases {sum(ends)}"
+            )
+        pieces = vectors.split(ends)
+        own = dict(zip(weights, pieces[1::2], strict=True))
+        bias = [own[slot.layer] for slot in self.site.slots_of("bias")]
+        return self.split(torch.cat(pieces[::2]), "producer"), self.split_bias(torch.cat(bias))
+
+    def _bias_entries(self, slot: Slot) -> int:
+        """Of one unit in a bias."""
+        extents = [extent for dim, extent in enumerate(self.tensors[slot.tensor].shape) if dim != slot.dim]
+        return restricted_size(slot.layout, self.site.axis, self._grown) // self.steps * math.prod(extents)
+
     def split_bias(self, vectors: Tensor) -> dict[str, Tensor]:
         """Bias entries (length, steps), layer after layer, as the new parts of the site's biases by tensor name."""
         result, offset = {}, 0

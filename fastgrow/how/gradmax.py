@@ -152,9 +152,11 @@ class GradMax(How):
             left = torch.stack([left, -left], 2).flatten(1)
             right = right.repeat_interleave(2, 1)
             attained *= 2
+        incoming, biases = newborns.split_incoming(right)
         return Start(
-            incoming=newborns.split(right, "producer"),
+            incoming=incoming,
             outgoing=newborns.split(left, "consumer"),
+            values=biases,
             captured=found.captured,
             attained=attained,
         )
