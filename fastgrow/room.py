@@ -49,12 +49,14 @@ _KEEPING = frozenset(
 
 def has_room(model: nn.Module) -> bool:
     """Whether anything is reserved in a model."""
-    return bool(stages.live_in(unwrap(model)))
+    return stages.any_room(unwrap(model))
 
 
 def live_parameters(model: nn.Module) -> int:
     """Entries of the model's parameters, room left out."""
     inner = unwrap(model)
+    if not stages.any_room(inner):
+        return sum(parameter.numel() for parameter in inner.parameters())
     lengths = {name: {dim: len(index) for dim, index in of.items()} for name, of in stages.live_in(inner).items()}
     return sum(
         math.prod(lengths.get(name, {}).get(dim, length) for dim, length in enumerate(parameter.shape))

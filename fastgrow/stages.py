@@ -24,6 +24,7 @@ __all__ = [
     "WITHOUT_ROOM",
     "Axes",
     "Axis",
+    "any_room",
     "axes_of",
     "clear",
     "edited_attributes",
@@ -83,6 +84,11 @@ class Axis:
         """The positions that hold units: int64."""
         return (self.stage != ROOM).nonzero().squeeze(1)
 
+    @cached_property
+    def has_room(self) -> bool:
+        """Whether some positions hold none."""
+        return len(self.live) < len(self.stage)
+
 
 Axes = Mapping[str, Mapping[int, Axis]]
 """Tensor name in its module -> dimension -> `Axis`."""
@@ -134,13 +140,19 @@ def with_growth(
 
 def live(axes: Mapping[int, Axis]) -> dict[int, Tensor]:
     """dimension -> the positions that hold units, of each dimension that has room."""
-    return {dim: axis.live for dim, axis in axes.items() if len(axis.live) < len(axis.stage)}
+    return {dim: axis.live for dim, axis in axes.items() if axis.has_room}
+
+
+def any_room(model: nn.Module) -> bool:
+    """Whether a tensor of the model has room."""
+    marked = (dims for module in model.modules() for dims in vars(module).get(ATTRIBUTE, {}).values())
+    return any(axis.has_room for dims in marked for axis in dims.values())
 
 
 def live_in(model: nn.Module) -> dict[str, dict[int, Tensor]]:
     """`live` of every tensor with room, by each of its names."""
     found: dict[str, dict[int, Tensor]] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
+    for prefix, module in model.named_modules(remove_duplicate=False) if any_room(model) else ():
         for leaf, axes in vars(module).get(ATTRIBUTE, {}).items():
             if positions := live(axes):
                 found[f"{prefix}.{leaf}" if prefix else leaf] = positions
