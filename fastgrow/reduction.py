@@ -14,6 +14,7 @@ __all__ = ["HOST_CORE", "HOST_EIGH", "Reduced", "formed", "reduced", "reduction_
 
 HOST_CORE = 256  # cores up to this are decomposed in float64 on the host
 _SMALL_CORE = 64  # those up to this wholly
+_GRAM_ERROR = 2e-4  # of the sum of squared values, what rounding may take: the captured norm stays above 0.9999
 # Cost of an n x n decomposition in units of n^3 flops of a product on the same device: eigh, svd.
 # Measured on a CPU; the other line counts what sequential panels cost a device made for products.
 _DECOMPOSITION = {"cpu": (30.0, 60.0)}
@@ -116,18 +117,34 @@ def _by_gram_of_factors(left: Tensor, right: Tensor, width: int) -> Reduced:
     """The same with no long decomposition but those of the result: ``U U^T = (L C)(L C)^T`` where ``R^T R = C C^T``.
 
     The eigenvectors W of (L C)^T (L C), of the size of the rank, give the leading left space L C W; what rounding has
-    turned it by is second order in what it captures. Its image, orthonormalised, is the right one.
+    turned it by is second order in what it captures. Its image, orthonormalised, is the right one. Where U is so much
+    smaller than |L| |R| that the Gram matrices' rounding could count, the factors are orthonormalised first.
     """
-    gram = right.mT @ right
-    factor, info = torch.linalg.cholesky_ex(gram)
+    grams = left.mT @ left, right.mT @ right
+    factor, info = torch.linalg.cholesky_ex(grams[1])
     if info.item():  # dependent samples: C from the eigenvectors, which always are
-        values, vectors = torch.linalg.eigh(gram)
+        values, vectors = torch.linalg.eigh(grams[1])
         factor = vectors * values.clamp(min=0).sqrt()
-    inner = factor.mT @ (left.mT @ left) @ factor
-    chosen = torch.linalg.eigh((inner + inner.mT) / 2).eigenvectors[:, -width:]
-    basis = torch.linalg.qr(left @ (factor @ chosen)).Q  # (m, width)
+    inner = factor.mT @ grams[0] @ factor
+    values, vectors = torch.linalg.eigh((inner + inner.mT) / 2)
+    rounding = 2 * torch.finfo(left.dtype).eps * float(grams[0].norm() * grams[1].norm())
+    if 2 * width**0.5 * rounding > _GRAM_ERROR * float(values[-width:].clamp(min=0).sum()):
+        return _by_gram_of_triangles(left, right, width)
+    basis = torch.linalg.qr(left @ (factor @ vectors[:, -width:])).Q  # (m, width)
     image, core = torch.linalg.qr(right @ (left.mT @ basis))
     return Reduced(basis, core.mT, image)
+
+
+def _by_gram_of_triangles(left: Tensor, right: Tensor, width: int) -> Reduced:
+    """The same by ``L = Q R_l``, ``R = P R_r``: eigenvectors W of ``R_l R_r^T``'s Gram matrix; P is never made."""
+    packed, scales = torch.geqrf(left)  # Q, as reflections below the diagonal
+    rank = left.shape[1]
+    r_left = packed[:rank].triu()
+    core = r_left @ torch.geqrf(right)[0][:rank].triu().mT
+    chosen = torch.linalg.eigh(core @ core.mT).eigenvectors[:, -width:]  # W, (p, r)
+    image, core = torch.linalg.qr(right @ (r_left.mT @ chosen))  # U^T Q W
+    tall = torch.cat([chosen, chosen.new_zeros(left.shape[0] - rank, width)])
+    return Reduced(torch.ormqr(packed, scales, tall), core.mT, image)
 
 
 def _by_gram(matrix: Tensor, width: int) -> Reduced:

@@ -10,6 +10,7 @@ import torch
 from tolerances import tolerance
 from torch import Tensor
 
+from fastgrow import reduction
 from fastgrow.errors import GrowthError
 from fastgrow.operators import ConvPair, DenseMap, LinearMap, LinearPair, ScaledMap, SumMap
 from fastgrow.ops import ConvGeometry
@@ -298,6 +299,27 @@ def test_few_of_many_samples_directions(kind: str, dtype: torch.dtype) -> None:
         assert torch.linalg.matrix_norm(inside) >= (1 - slack) * best
     assert (found.values.double() - values[:60]).abs().max() <= slack * values[0]
     assert found.captured == 1.0
+
+
+def test_samples_that_cancel_are_not_solved_by_gram_matrices_of_float32() -> None:
+    """Where |M| is far below |D| |H| the squares of M lie below the rounding of the factors' squares."""
+    torch.manual_seed(0)
+    grad, x = torch.randn(512, 600), torch.randn(512, 640)
+    grad[256:] *= 1e-4
+    x[:256] *= 1e-4
+    mixed = torch.linalg.qr(torch.randn(512, 512)).Q  # every sample takes part: M is a sum of terms 1e4 times larger
+    grad, x = mixed @ grad, mixed @ x
+    matrix = grad.double().mT @ x.double()
+    best = torch.linalg.svdvals(matrix)[:60].square().sum().sqrt()
+
+    def captured() -> float:
+        left = solve([LinearPair(grad, x)], 60)[0].left.double()
+        return float(torch.linalg.matrix_norm(left.mT @ matrix) / best)
+
+    assert captured() >= 0.9999
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reduction, "_GRAM_ERROR", math.inf)
+        assert captured() < 0.99
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
