@@ -14,7 +14,7 @@ __all__ = ["HOST_CORE", "HOST_EIGH", "Reduced", "formed", "reduced", "reduction_
 
 HOST_CORE = 256  # cores up to this are decomposed in float64 on the host
 _SMALL_CORE = 64  # those up to this wholly
-_GRAM_ERROR = 2e-4  # of the sum of squared values, what rounding may take: the captured norm stays above 0.9999
+_GRAM_ERROR = 1e-2  # of |U|^2, the bound of what rounding may take; what it takes is less than a thousandth of it
 # Cost of an n x n decomposition in units of n^3 flops of a product on the same device: eigh, svd.
 # Measured on a CPU; the other line counts what sequential panels cost a device made for products.
 _DECOMPOSITION = {"cpu": (30.0, 60.0)}
@@ -121,16 +121,16 @@ def _by_gram_of_factors(left: Tensor, right: Tensor, width: int) -> Reduced:
     smaller than |L| |R| that the Gram matrices' rounding could count, the factors are orthonormalised first.
     """
     grams = left.mT @ left, right.mT @ right
+    rounding = 2 * torch.finfo(left.dtype).eps * float(grams[0].norm() * grams[1].norm())
+    if 2 * width**0.5 * rounding > _GRAM_ERROR * float((grams[0] * grams[1]).sum()):  # |U|^2
+        return _by_gram_of_triangles(left, right, width)
     factor, info = torch.linalg.cholesky_ex(grams[1])
     if info.item():  # dependent samples: C from the eigenvectors, which always are
         values, vectors = torch.linalg.eigh(grams[1])
         factor = vectors * values.clamp(min=0).sqrt()
     inner = factor.mT @ grams[0] @ factor
-    values, vectors = torch.linalg.eigh((inner + inner.mT) / 2)
-    rounding = 2 * torch.finfo(left.dtype).eps * float(grams[0].norm() * grams[1].norm())
-    if 2 * width**0.5 * rounding > _GRAM_ERROR * float(values[-width:].clamp(min=0).sum()):
-        return _by_gram_of_triangles(left, right, width)
-    basis = torch.linalg.qr(left @ (factor @ vectors[:, -width:])).Q  # (m, width)
+    chosen = torch.linalg.eigh((inner + inner.mT) / 2).eigenvectors[:, -width:]
+    basis = torch.linalg.qr(left @ (factor @ chosen)).Q  # (m, width)
     image, core = torch.linalg.qr(right @ (left.mT @ basis))
     return Reduced(basis, core.mT, image)
 
