@@ -23,6 +23,7 @@ from .growth_map import stacked_pairs
 from .layout import restricted_size
 from .members import Channels, Side
 from .operators import StackedPair, scale_by_power
+from .reduction import SMALL_SIDE
 from .replay import Capture, Replay, ReplayMap
 from .sites import Site, Sites, tensors_of
 from .solve import Directions, solve
@@ -32,7 +33,6 @@ __all__ = ["UnitDirections", "block_directions", "gate_rows", "has_blocks"]
 _ROUNDS = 24
 _CAPTURED = 0.999  # the captured norm that is waited for, as it is foreseen
 _SPARE = 4
-_SMALL_SIDE = 64  # members' matrices with a side up to this are decomposed together, in float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +280,7 @@ def _of_members(pairs: Sequence[StackedPair], units: int, name: str) -> tuple[Te
         )
     rank = min(units, *blocks.shape[1:])
     captured = 1.0
-    if min(blocks.shape[1:]) <= _SMALL_SIDE:
+    if min(blocks.shape[1:]) <= SMALL_SIDE:
         wide = blocks.double().cpu()
         if blocks.dtype == torch.float32 and wide.shape[1] <= wide.shape[2]:
             # float64 holds the squares of what float32 tells apart

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .birth import ZERO_ROLES, birth_values
-from .enlarge import Block
+from .enlarge import Block, filled
 from .errors import GrowthError
 from .how import Newborns, Start
 from .layout import Layout, index_map, new_positions, run_start, size, unit_positions, whole_unit_positions
@@ -94,13 +94,10 @@ class EditBuilder:
         return Newborns(self.model, self.sites, site, self.units[site.name], None, _Present(self), dict(self.now))
 
     def add(self, site: Site, start: Start) -> None:
-        tied = {(s.tensor, s.dim) for s in site.slots_of("producer")} & {
-            (s.tensor, s.dim) for s in site.slots_of("consumer")
-        }
         written = [name for part in (start.incoming, start.outgoing) for name, v in part.items() if bool(v.any())]
-        if tied and (written or start.sources is not None):
+        if site.tied and (written or start.sources is not None):
             raise GrowthError(
-                f"site {site.name!r}: {min(tied)[0]!r} is tied, producer and consumer at once, so its new entries "
+                f"site {site.name!r}: {site.tied[0]!r} is tied, producer and consumer at once, so its new entries "
                 "cannot be zero on one side only; exclude the site, or untie the weights"
             )
         for name in (*(slot.tensor for slot in site.slots), *start.rescale, *start.shift):
@@ -135,10 +132,7 @@ class EditBuilder:
     def _values(self, name: str) -> Tensor:
         """The new values of a tensor whole, for those that come in no blocks."""
         if name not in self.fresh:
-            tensor = self.tensors[name]
-            self.fresh[name] = torch.zeros(self.shapes[name], dtype=tensor.dtype, device=tensor.device)
-            for block in self.blocks.pop(name, ()):
-                self.fresh[name][block.place] = block.values
+            self.fresh[name] = filled(self.shapes[name], self.blocks.pop(name, ()), self.tensors[name])
         return self.fresh[name]
 
     def _grid(self, name: str, sizes: Mapping[int, int], *, of: Mapping[int, int] | None = None) -> Any:

@@ -16,7 +16,7 @@ from .errors import GrowthError
 from .layout import run_start
 from .stages import live_part
 
-__all__ = ["Block", "Enlargement", "Fill"]
+__all__ = ["Block", "Enlargement", "Fill", "filled"]
 
 # Entries up to which one call that writes the old positions twice costs less than several calls that do not.
 _PADDED = 1 << 16
@@ -38,6 +38,14 @@ class Block:
         if not len(self.offset) == self.values.dim() == len(shape):
             return False
         return all(own.start >= 0 and own.stop <= n for own, n in zip(self.place, shape, strict=True))
+
+
+def filled(shape: Sequence[int], blocks: Iterable[Block], like: Tensor) -> Tensor:
+    """Blocks as one tensor of this shape, zero elsewhere, of the dtype and device of another."""
+    values = torch.zeros(tuple(shape), dtype=like.dtype, device=like.device)
+    for block in blocks:
+        values[block.place] = block.values
+    return values
 
 
 Fill = Tensor | complex | tuple[Block, ...]

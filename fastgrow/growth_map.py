@@ -166,12 +166,10 @@ def growth_map(
                 f"site {site.name!r}: {norm.module!r} (LayerNorm) mixes its channels, so units added by gradients "
                 "would change the function; leave the site out, or grow it by full duplication"
             )
-    written = {(slot.tensor, slot.dim) for slot in site.slots_of("producer")}
-    tied = sorted(slot.tensor for slot in site.slots_of("consumer") if (slot.tensor, slot.dim) in written)
-    if tied:
+    if site.tied:
         raise GrowthError(
-            f"site {site.name!r}: {tied[0]!r} is tied, producer and consumer at once, so its new entries cannot be "
-            "zero on one side only; exclude the site, or untie the weights"
+            f"site {site.name!r}: {site.tied[0]!r} is tied, producer and consumer at once, so its new entries cannot "
+            "be zero on one side only; exclude the site, or untie the weights"
         )
     chain = _chain_of(sites, site)
     maps: list[LinearMap] = []
@@ -233,7 +231,7 @@ def stacked_pairs(
     bias: bool = False,
 ) -> list[StackedPair]:
     """The growth matrices of a stack's members, batch by batch; none where its middle is not elementwise."""
-    chain = plain_chain(sites, site) if site.stacked and site.separate else None
+    chain = _chain_of(sites, site) if site.stacked and site.separate else None
     if chain is None:
         return []
     pairs = [_pair(model, site, chain, *each, bias) for each in zip(captures, weights, strict=True)]

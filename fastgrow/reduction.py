@@ -10,10 +10,10 @@ from torch import Tensor
 
 from .operators import DenseMap, LinearMap
 
-__all__ = ["HOST_CORE", "HOST_EIGH", "Reduced", "formed", "reduced", "reduction_cost", "start_block"]
+__all__ = ["HOST_CORE", "HOST_EIGH", "SMALL_SIDE", "Reduced", "formed", "reduced", "reduction_cost", "start_block"]
 
 HOST_CORE = 256  # cores up to this are decomposed in float64 on the host
-_SMALL_CORE = 64  # those up to this wholly
+SMALL_SIDE = 64  # those up to this wholly, whatever is wanted of them
 _GRAM_ERROR = 1e-2  # of |U|^2, the bound of what rounding may take; what it takes is less than a thousandth of it
 # Cost of an n x n decomposition in units of n^3 flops of a product on the same device: eigh, svd.
 # Measured on a CPU; the other line counts what sequential panels cost a device made for products.
@@ -49,13 +49,13 @@ def reduced(given: LinearMap, k: int, width: int, method: str) -> tuple[LinearMa
     method: "svd" (whole), "gram" (by eigenvectors of the smaller Gram matrix, ``width`` >= k of them), "auto": from
     factors where the map has any, small matrices whole, else by Gram.
     """
-    few = method == "auto" and _few_of_many(given, min(given.shape), width)
     if method == "auto":
         factors = given.unit_factors()
         if factors is not None:
             return given, _by_factors(*factors, given, k, width)
     given = formed(given)
     matrix, side = given.unit_dense(), min(given.shape)  # (m, n)
+    few = method == "auto" and _few_of_many(given, side, width)
     if method == "gram" or (method == "auto" and (few or side > HOST_CORE)):
         return given, _by_gram(matrix.double() if few and side <= HOST_CORE else matrix, width)
     if side > HOST_CORE:
@@ -97,7 +97,7 @@ def _few_of_many(given: LinearMap, rank: int, width: int) -> bool:
     """
     if 2 * width > rank:
         return False
-    return rank > HOST_CORE or (rank > _SMALL_CORE and given.dtype == torch.float32 and given.device.type == "cpu")
+    return rank > HOST_CORE or (rank > SMALL_SIDE and given.dtype == torch.float32 and given.device.type == "cpu")
 
 
 def _by_factors(left: Tensor, right: Tensor, given: LinearMap, k: int, width: int) -> Reduced:

@@ -15,7 +15,7 @@ from .arguments import as_list, whole
 from .cuda_graphs import check_not_captured
 from .distributed import replicas_of
 from .edits import EditBuilder, Edits, attribute_edits
-from .enlarge import Block, Enlargement
+from .enlarge import Block, Enlargement, filled
 from .errors import GrowthError
 from .how import GradMax, How
 from .integrations.config import follow_configs
@@ -223,10 +223,7 @@ def _whole(edit: TensorEdit, tensor: Tensor) -> Tensor:
     """The new values of an edit as one tensor, zero where it gives none."""
     if isinstance(edit.fresh, Tensor):
         return edit.fresh
-    values = torch.zeros(edit.shape, dtype=tensor.dtype, device=tensor.device)
-    for block in edit.fresh or ():
-        values[block.place] = block.values
-    return values
+    return filled(edit.shape, edit.fresh or (), tensor)
 
 
 def _attributes(

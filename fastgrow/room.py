@@ -55,8 +55,6 @@ def has_room(model: nn.Module) -> bool:
 def live_parameters(model: nn.Module) -> int:
     """Entries of the model's parameters, room left out."""
     inner = unwrap(model)
-    if not stages.any_room(inner):
-        return sum(parameter.numel() for parameter in inner.parameters())
     lengths = {name: {dim: len(index) for dim, index in of.items()} for name, of in stages.live_in(inner).items()}
     return sum(
         math.prod(lengths.get(name, {}).get(dim, length) for dim, length in enumerate(parameter.shape))
@@ -75,10 +73,8 @@ def check_reservable(sites: Sites, site: Site) -> None:
         reason = "its units are more than a channel each (gates, groups)"
     elif mixing := [norm for norm in site.norms if norm.kind not in ("batch_norm", "instance_norm")]:
         reason = f"{mixing[0].module!r} ({mixing[0].kind}) takes its statistics over all channels, room included"
-    elif tied := {(s.tensor, s.dim) for s in site.slots_of("producer")} & {
-        (s.tensor, s.dim) for s in site.slots_of("consumer")
-    }:
-        reason = f"{min(tied)[0]!r} is tied, producer and consumer at once"
+    elif site.tied:
+        reason = f"{site.tied[0]!r} is tied, producer and consumer at once"
     else:
         loud = _first_loud(sites, site)
         reason = None if loud is None else f"its channels pass {loud}, which need not be zero where they are"

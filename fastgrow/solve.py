@@ -20,14 +20,13 @@ from .cores import fixed_signs, svd_of_cores, to_host
 from .errors import GrowthError
 from .foresight import foreseen, foreseen_cost
 from .operators import DenseMap, LinearMap, full_precision, scale_by_power
-from .reduction import HOST_CORE, HOST_EIGH, Reduced, formed, reduced, reduction_cost, start_block
+from .reduction import HOST_CORE, HOST_EIGH, SMALL_SIDE, Reduced, formed, reduced, reduction_cost, start_block
 
 __all__ = ["Directions", "Method", "solve", "top_directions"]
 
 Method = Literal["auto", "svd", "gram", "subspace"]
 
 _SPARE = 8  # columns beyond k: the k-th direction converges by the gap to the (k+8)-th value
-_SMALL_SIDE = 64  # matrices with a side up to this are solved exactly, in float64
 _SAFE_PIVOT = 1e-3  # CholeskyQR loses (1/pivot)^2 ulps; below this Householder takes over
 _TYPICAL_ROUNDS = 3  # of block Krylov on gradients of networks, for choosing a route before it runs
 _ROUND = 1e8  # what the host does in a round, of whatever size, in flops of a product on a CPU
@@ -183,7 +182,7 @@ def _check_finite(problems: list[_Problem]) -> None:
 def _route(problem: _Problem) -> Method:
     """What "auto" does with a map; a matrix that is cheaper to form than to multiply by is formed here."""
     given, side, width = problem.map, problem.side, problem.width
-    if side <= _SMALL_SIDE or 3 * width > side:
+    if side <= SMALL_SIDE or 3 * width > side:
         return "svd" if side <= HOST_CORE else "auto"
     products = (2 * _TYPICAL_ROUNDS + 1) * width
     rows, cols = given.shape

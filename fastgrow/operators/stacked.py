@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GrowthError
-from .base import LARGEST_EXPONENT, LinearMap, checked_pair, split_scale
+from .base import LinearMap, checked_pair, exponent_of, power_of_two, split_scale
 
 __all__ = ["StackedPair"]
 
@@ -37,9 +37,10 @@ class StackedPair(LinearMap):
             self.blocks *= mantissa
             self.exponent = torch.tensor(float(power), device="cpu")
         else:
-            exponent = _exponent_of_product(grad, data)
-            self.exponent = exponent + power
-            self.blocks = (grad * torch.exp2(-exponent).to(self.dtype).mul_(mantissa)).mT @ data
+            of_grad, of_data = exponent_of(grad), exponent_of(data)
+            self.exponent = of_grad + of_data + power
+            shrunk = grad * (power_of_two(-of_grad, self.dtype) * mantissa)
+            self.blocks = shrunk.mT @ (data * power_of_two(-of_data, self.dtype))
         self.column_flops = 2.0 * outs * ins * self.members
         self.dense_flops = 0.0
 
@@ -60,14 +61,3 @@ def _is_tame(product: Tensor) -> bool:
         return False
     low, high = torch.aminmax(product)
     return _LEAST < max(-low.item(), high.item()) < 1 / _LEAST
-
-
-def _exponent_of_product(first: Tensor, second: Tensor) -> Tensor:
-    """(): the sum of the powers of two just above both tensors' largest magnitudes; not finite where they are not."""
-    if not first.numel() or not second.numel():
-        return torch.zeros((), device=first.device)
-    largest = torch.stack([*torch.aminmax(first), *torch.aminmax(second)]).abs_().reshape(2, 2).amax(1)
-    limit = LARGEST_EXPONENT[first.dtype]
-    power = torch.frexp(largest).exponent.sum().clamp_(-limit, limit).to(torch.float32)
-    total = largest.sum()
-    return torch.where(torch.isfinite(total), power, total.to(torch.float32))

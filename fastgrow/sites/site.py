@@ -156,6 +156,12 @@ class Site:
     def slots_of(self, *roles: str) -> tuple[Slot, ...]:
         return tuple(slot for slot in self.slots if slot.role in roles)
 
+    @property
+    def tied(self) -> tuple[str, ...]:
+        """Tensors that write and read the units along one dimension: new entries cannot be zero on one side only."""
+        written = {(slot.tensor, slot.dim) for slot in self.slots_of("producer")}
+        return tuple(sorted(s.tensor for s in self.slots_of("consumer") if (s.tensor, s.dim) in written))
+
     def weight(self, layer: str, role: str) -> Slot:
         """The slot of a producer's or consumer's weight."""
         return next(slot for slot in self.slots if slot.layer == layer and slot.role == role)
