@@ -13,11 +13,13 @@ from torch import nn
 import fastgrow as fg
 
 from . import naive
-from .measure import Variant, compare, paired_ratio, peak_bytes
+from .measure import Timing, Variant, compare, paired_ratio, peak_bytes
 from .models import Case, cases
 from .rows import Row, Settings
 
 __all__ = ["run"]
+
+_PAIRS = 121  # the interval's width falls with their root: 1 % of a step needs many on a noisy machine
 
 
 def run(settings: Settings) -> Iterator[Row]:
@@ -37,7 +39,10 @@ def _case(settings: Settings, case: Case) -> Iterator[Row]:
         "naive": lambda model: naive.gradient_norms(model, norms),
     }
     variants = {name: _training(case, model, watch) for name, watch in watching.items()}
-    timings = compare(variants, settings.device, settings.times(21), warmup=2)
+    others = settings.times(21)
+    for name in ("both places", "naive"):
+        variants[name].most = others
+    timings = compare(variants, settings.device, settings.times(_PAIRS), warmup=2)
     peaks = {name: peak_bytes(partial(variants[name].run, None), settings.device) for name in ("on", "both places")}
     shape = f"{case.name}, {len(sites.layers)} layers"
     comparisons = [
@@ -46,13 +51,14 @@ def _case(settings: Settings, case: Case) -> Iterator[Row]:
         ("NAGN at both places", "both places", "naive", "step with .norm().item()"),
     ]
     for benchmark, ours, label, baseline in comparisons:
-        median, low, high = paired_ratio(timings[ours], timings[label])
+        count = min(len(timings[ours].samples), len(timings[label].samples))
+        pair = [Timing(timings[name].samples[:count]) for name in (ours, label)]
+        median, low, high = paired_ratio(*pair)
         yield settings.row(
             benchmark,
             shape,
             baseline,
-            timings[ours],
-            timings[label],
+            *pair,
             peak=peaks[ours],
             paired_ratio=median,
             low=low,
