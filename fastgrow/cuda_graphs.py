@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .errors import GrowthError
+from .names import modules_in
 from .sites import unwrap
 
 __all__ = ["check_not_captured"]
@@ -18,9 +19,10 @@ def check_not_captured(model: nn.Module) -> None:
             "a CUDA graph is being captured: growth changes the memory that it would replay; grow outside the capture, "
             "and capture again afterwards"
         )
-    for name, module in unwrap(model).named_modules():
-        forward = vars(module).get("forward")
-        if "make_graphed_forward" in getattr(forward, "__qualname__", ""):
+    for module in modules_in(unwrap(model)):
+        forward = module.__dict__.get("forward")
+        if forward is not None and "make_graphed_forward" in getattr(forward, "__qualname__", ""):
+            name = next(name for name, one in unwrap(model).named_modules() if one is module)
             raise GrowthError(
                 f"{name or 'the model'!r} was captured by torch.cuda.make_graphed_callables, which replays its old "
                 "parameters and runs no hooks; grow before capturing (del module.forward gives its own forward back), "

@@ -46,33 +46,32 @@ def replicas_of(model: nn.Module) -> Replicas | None:
     """The ranks that train this model together; None where neither DistributedDataParallel nor FSDP2 wraps it."""
     current: nn.Module | None = model
     while current is not None:
-        if isinstance(current, nn.parallel.DistributedDataParallel):
+        if "module" in current._modules and isinstance(current, nn.parallel.DistributedDataParallel):
             return _Wrapped(current)
         current = current._modules.get("_orig_mod")
     sharded = group_of(model)
     return None if sharded is None else Replicas(*sharded)
 
 
-@contextlib.contextmanager
-def without_gradient_traffic(model: nn.Module) -> Iterator[None]:
+def without_gradient_traffic(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Forward passes whose gradients no rank waits for."""
     replicas = replicas_of(model)
-    with contextlib.nullcontext() if replicas is None else replicas.quiet():
-        yield
+    return contextlib.nullcontext() if replicas is None else replicas.quiet()
+
+
+def together(replicas: Replicas | None, failed: str = _NO_GROWTH) -> contextlib.AbstractContextManager[None]:
+    """An error inside the block on one rank is an error at its end on all; failed: what it is called on the others."""
+    return contextlib.nullcontext() if replicas is None else _agreeing(replicas, failed)
 
 
 @contextlib.contextmanager
-def together(replicas: Replicas | None, failed: str = _NO_GROWTH) -> Iterator[None]:
-    """An error inside the block on one rank is an error at its end on all; failed: what it is called on the others."""
+def _agreeing(replicas: Replicas, failed: str) -> Iterator[None]:
     error: Exception | None = None
     try:
         yield
     except Exception as caught:
         error = caught
-    if replicas is not None:
-        replicas.agree(error, failed)
-    elif error is not None:
-        raise error
+    replicas.agree(error, failed)
 
 
 class Replicas:

@@ -94,8 +94,7 @@ class EditBuilder:
         return Newborns(self.model, self.sites, site, self.units[site.name], None, _Present(self), dict(self.now))
 
     def add(self, site: Site, start: Start) -> None:
-        written = [name for part in (start.incoming, start.outgoing) for name, v in part.items() if bool(v.any())]
-        if site.tied and (written or start.sources is not None):
+        if site.tied and (start.sources is not None or _writes(start)):
             raise GrowthError(
                 f"site {site.name!r}: {site.tied[0]!r} is tied, producer and consumer at once, so its new entries "
                 "cannot be zero on one side only; exclude the site, or untie the weights"
@@ -252,7 +251,9 @@ class EditBuilder:
                 index.append(index_map(layouts[dim], known, self.new))
             else:
                 index.append(None)
-        wanted = tuple(n if positions is None else len(positions) for n, positions in zip(shape, index, strict=True))
+        wanted = tuple(
+            n if positions is None else positions.shape[0] for n, positions in zip(shape, index, strict=True)
+        )
         if tuple(value.shape) != wanted:
             raise GrowthError(
                 f"site {site.name!r}: new values of shape {tuple(value.shape)} were given for {name!r}, wanted {wanted}"
@@ -353,6 +354,10 @@ def attribute_edits(
             present = getattr(find_module(model, rule.module), rule.attribute, None)
             edits.append(AttributeEdit(rule.module, rule.attribute, (value,) if isinstance(present, tuple) else value))
     return edits
+
+
+def _writes(start: Start) -> bool:
+    return any(bool(values.any()) for part in (start.incoming, start.outgoing) for values in part.values())
 
 
 def _open_grid(index: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:

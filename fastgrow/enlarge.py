@@ -162,12 +162,10 @@ class Enlargement:
             source = source + shift.to(tensor.device)
         source = self._without_dropped(source.to(tensor.dtype))
         value = 0 if fresh is None or isinstance(fresh, (Tensor, tuple)) else fresh
-        strides = _strides_like(tensor, self.new)
-        plain = strides == _strides(self.new, range(len(self.new)))
-        if plain and self._pads and not isinstance(fresh, Tensor):
+        if self._pads and not isinstance(fresh, Tensor) and _is_row_major(tensor):
             result = torch.constant_pad_nd(source, self._pads, value)
         else:
-            result = tensor.new_empty_strided(self.new, strides)
+            result = tensor.new_empty_strided(self.new, _strides_like(tensor, self.new))
             for margin in self._margins():
                 if isinstance(fresh, Tensor):
                     result[margin].copy_(fresh[margin])
@@ -205,6 +203,8 @@ class Enlargement:
             yield tensor[block.place], None, block.values.to(tensor)
 
     def _without_dropped(self, tensor: Tensor) -> Tensor:
+        if not self.room:
+            return tensor
         dropped = [dim for dim, index in self.axes.items() if len(self.targets[dim]) < len(index)]
         return live_part(tensor, {dim: (self.axes[dim] >= 0).nonzero().squeeze(1) for dim in dropped})
 
@@ -215,7 +215,7 @@ class Enlargement:
             return []
         pads = []
         for dim in reversed(range(len(self.old))):
-            start, length = self.starts.get(dim) or 0, len(self.targets[dim]) if dim in self.axes else self.old[dim]
+            start, length = self.starts.get(dim) or 0, self.targets[dim].shape[0] if dim in self.axes else self.old[dim]
             pads += [start, self.new[dim] - length - start]
         return pads
 
@@ -227,7 +227,7 @@ class Enlargement:
             if start is None:
                 return [()]
             margins += [(*whole, slice(0, start))] if start else []
-            end = start + len(index)
+            end = start + index.shape[0]
             margins += [(*whole, slice(end, None))] if end < self.new[dim] else []
         return margins
 
@@ -275,9 +275,13 @@ def _kept(index: Tensor) -> Tensor:
 def _is_injection(index: Tensor, start: int | None, length: int) -> bool:
     """Whether the indices are sent to different positions below `length`; start: that of a run of them."""
     if start is not None:
-        return 0 <= start <= length - len(index)
+        return 0 <= start <= length - index.shape[0]
     unique = torch.unique(index)
     return len(unique) == len(index) and 0 <= int(unique[0]) <= int(unique[-1]) < length
+
+
+def _is_row_major(tensor: Tensor) -> bool:
+    return tensor.stride() == _strides(tuple(tensor.shape), range(tensor.dim()))
 
 
 def _strides_like(tensor: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:

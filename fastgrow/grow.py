@@ -136,14 +136,14 @@ def grow(
             raise GrowthError("grow needs sites= (from find_sites), or a closure= from whose call they can be found")
         sites = find_sites(model, inputs_of(model, closure))
     optimizers = as_list(optimizer)
-    wanted = _checked(model, sites, units, how)
+    wanted = _wanted(model, sites, units, how)
     meter = GainMeter(model, sites, optimizers, closure) if measure_gain else None
     started = time.perf_counter()
     if how.needs_directions and seen is None:
         if closure is None:
             raise GrowthError(f"{how.name} reads gradients: give closure=, a function that returns the loss")
         seen = observe_closure(model, observe(model, sites, nagn=False, **observing(sites, wanted, how)), closure)
-    report = grow_observed(model, sites, wanted, how, seen, optimizers, list(also), closure)
+    report = _grown(model, sites, wanted, how, seen, optimizers, list(also), closure)
     report.seconds = time.perf_counter() - started
     if meter is not None:
         meter.fill(report)
@@ -165,13 +165,22 @@ def grow_observed(
 
     round_to: tensors that become larger do so to a multiple of it along the sites grown; what is left over is room.
     """
+    wanted = _wanted(model, sites, units, how)
+    return _grown(model, sites, wanted, how, seen, optimizers, also, closure, round_to)
+
+
+def _grown(
+    model: nn.Module,
+    sites: Sites,
+    wanted: Mapping[str, int],
+    how: How,
+    seen: Observation | None,
+    optimizers: list[Any],
+    also: list[nn.Module],
+    closure: Callable[[], Tensor] | None,
+    round_to: int = 1,
+) -> GrowthReport:
     started = time.perf_counter()
-    check_not_captured(model)
-    replicas = replicas_of(model)
-    if replicas is not None:
-        replicas.check_renewable()
-        units = replicas.first(dict(units))
-    wanted = _checked(model, sites, units, how)
     if how.rewrites:  # in forward order, so that each site sees the fan-in it will have
         wanted = {site.name: wanted[site.name] for site in sites if site.name in wanted}
     before = sites.widths(model)
@@ -222,9 +231,9 @@ def _grown_together(
         else:
             starts, edits = _started(model, sites, wanted, how, seen)
     _share(replicas, edits)
-    before = [id(parameter) for parameter in unwrap(model).parameters()]
     with torch.no_grad():
         edits = fitted(model, sites, edits, wanted, round_to)
+    before = [id(parameter) for parameter in unwrap(model).parameters()] if replicas is not None else []
     _carried_out(unwrap(model), edits, optimizers, also)
     if replicas is not None and before != [id(parameter) for parameter in unwrap(model).parameters()]:
         replicas.renew()
@@ -331,9 +340,15 @@ def _rehearsed(
     return starts, build(units, starts)
 
 
-def _checked(model: nn.Module, sites: Sites, units: Mapping[str, int], how: How) -> dict[str, int]:
+def _wanted(model: nn.Module, sites: Sites, units: Mapping[str, int], how: How) -> dict[str, int]:
+    """Units of each site, checked; the first rank's under DistributedDataParallel or FSDP2."""
     if not isinstance(units, Mapping):
         raise GrowthError(f"units={units!r} was given; wanted a mapping {{site name: units}}")
+    check_not_captured(model)
+    replicas = replicas_of(model)
+    if replicas is not None:
+        replicas.check_renewable()
+        units = replicas.first(dict(units))
     if has_room(model):
         check_method(how)
     return {name: check_units(model, sites, name, count, how) for name, count in units.items()}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import stages
 from .errors import GrowthError
-from .names import find_module, find_tensor, is_wrapper
+from .names import find_module, find_tensor, is_wrapper, modules_in
 from .nn import Beside, original
 from .widen import Joining, ModuleSwap, widen
 
@@ -174,6 +174,8 @@ def insertions(model: nn.Module) -> dict[str, Insertion]:
 
 def places(model: nn.Module) -> frozenset[str]:
     """The present names of the modules that hold inserted layers."""
+    if not any(RECORD in module.__dict__ for module in modules_in(model)):
+        return frozenset()
     return frozenset(name for name, _ in _recorded(model))
 
 

@@ -115,7 +115,7 @@ def new_positions(layout: Layout, old: Sizes, new: Sizes) -> Tensor:
 def run_start(positions: Tensor) -> int | None:
     """The first of positions that follow one another, on the CPU; None for any others, 0 for none."""
     values = positions.numpy()
-    if not len(values):
+    if not values.size:
         return 0
     return int(values[0]) if bool((values[1:] - values[:-1] == 1).all()) else None
 

@@ -51,7 +51,7 @@ class Side:
     def spread(self, values: Tensor) -> Tensor:
         """A value for each channel (channels, k) at that channel's entries (n, k)."""
         if self.given is None:
-            return values.repeat(self.length // self.channels, 1)
+            return values.expand(self.length // self.channels, *values.shape).reshape(self.length, values.shape[1])
         return self.whole(values[:, None].expand(-1, self.given.shape[1], -1))
 
 

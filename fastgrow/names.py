@@ -11,9 +11,35 @@ from functools import partial
 
 from torch import nn
 
-__all__ = ["find_module", "find_tensor", "innermost", "is_wrapper"]
+__all__ = ["find_module", "find_tensor", "innermost", "is_wrapper", "modules_in", "named_modules_in"]
 
 _WRAPPERS = ("_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def modules_in(*roots: nn.Module) -> list[nn.Module]:
+    """Every module of the roots once, in the order of ``modules()``: one loop, for its nested generators take longer
+    than what is looked for."""
+    found: dict[int, nn.Module] = {}
+    waiting: list[nn.Module | None] = list(reversed(roots))
+    while waiting:
+        module = waiting.pop()
+        if module is not None and id(module) not in found:
+            found[id(module)] = module
+            waiting.extend(reversed(module._modules.values()))
+    return list(found.values())
+
+
+def named_modules_in(root: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module under each of its names, as ``named_modules(remove_duplicate=False)``; likewise one loop."""
+    found: list[tuple[str, nn.Module]] = []
+    waiting: list[tuple[str, nn.Module]] = [("", root)]
+    while waiting:
+        prefix, module = waiting.pop()
+        found.append((prefix, module))
+        if children := module._modules:
+            start = f"{prefix}." if prefix else ""
+            waiting += [(start + name, child) for name, child in reversed(children.items()) if child is not None]
+    return found
 
 
 def _wrapped(module: nn.Module) -> nn.Module | None:

@@ -145,6 +145,8 @@ class Observation:
 
 def _first(found: Directions, k: int) -> Directions:
     """The first k directions: every tensor of directions has them along its last dimension."""
+    if found.values.shape[-1] <= k:
+        return found
     tensors: dict[str, Any] = {entry.name: getattr(found, entry.name) for entry in dataclasses.fields(found)}
     cut: dict[str, Any] = {name: v[..., :k] for name, v in tensors.items() if isinstance(v, Tensor)}
     return dataclasses.replace(found, **cut)

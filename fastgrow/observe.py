@@ -25,7 +25,7 @@ from .observation import Observation
 from .readings import NormSums, Readings
 from .replay import Capture
 from .riding import carried_sum, carry, riding
-from .room import check_told_apart, live_directions, live_shares
+from .room import check_told_apart, has_room, live_directions, live_shares
 from .site_sketching import Pieces, SiteSketches, check_version
 from .site_solving import SiteSolving
 from .site_view import Solver
@@ -135,10 +135,12 @@ class observe:
             sites, self._norms, self._places, lambda: [edge for batch in self._batches for edge in batch.edges]
         )
         self._replicas = replicas_of(model)
-        self._shares = live_shares(self.model, sites)
-        check_told_apart(self.model, [sites[name] for name in _targets(sites, growth, rank)])
         names = _targets(sites, growth, rank)
         self._targets = [sites[name] for name in names]
+        self._shares: dict[str, tuple[int, int]] = {}
+        if has_room(self.model):
+            self._shares = live_shares(self.model, sites)
+            check_told_apart(self.model, self._targets)
         self._rank = dict(rank) if isinstance(rank, Mapping) else {name: int(rank) for name in names}
         for name in names:
             if self._rank.get(name, 0) < 1:
@@ -379,12 +381,12 @@ class observe:
             batch.edges.clear()  # each of them holds the graph that holds the batch
             if not batch.reached:  # a forward pass alone
                 continue
-            fine = self._norms.put(batch.readings, batch.capture.samples)
+            read = self._norms.put(batch.readings, batch.capture.samples)
             if self._sketches is not None:
                 self._sketches.check_complete(batch.pieces)
                 n, scale = batch.capture.samples, batch.readings.scale
                 assert scale is not None
-                self._sketches.add(batch.pieces, (n if self._norms.mean else 1) / scale, n, fine)
+                self._sketches.add(batch.pieces, (n if self._norms.mean else 1) / scale, n, torch.isfinite(read).all())
         del self._batches[:count]
         if self._sketches is not None:
             self._sketches.agree()

@@ -154,17 +154,18 @@ def unwrapped(optimizers: Iterable[Any]) -> Iterator[Any]:
         yield optimizer
 
 
+_CONTAINERS = (dict, list, tuple, set, frozenset)
+
+
 def holds(value: object, ids: Mapping[int, object], depth: int = 2) -> bool:
     """Whether one of these objects is `value`, or lies in it as in a list, set or dict of lists."""
     if isinstance(value, Tensor):
         return id(value) in ids
-    if depth == 0:
+    if depth == 0 or not isinstance(value, _CONTAINERS):
         return False
-    if isinstance(value, dict):
-        return any(holds(item, ids, depth - 1) for pair in value.items() for item in pair)
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return any(holds(item, ids, depth - 1) for item in value)
-    return False
+    items = (*value, *value.values()) if isinstance(value, dict) else value
+    inner = [item for item in items if isinstance(item, (Tensor, *_CONTAINERS))]
+    return bool(inner) and any(holds(item, ids, depth - 1) for item in inner)
 
 
 def _carry_entry(optimizer: Any, group: Mapping[str, Any], name: str, value: object, grown: GrownParameter) -> object:

@@ -59,14 +59,14 @@ class NormSums:
         return len(self._pending)
 
     def put(self, readings: Readings, samples: int) -> Tensor:
-        """Takes a batch; whether it is finite, a boolean on its device."""
+        """Takes a batch; its readings, which are finite where the batch is, on their device."""
         scale = readings.scale
         device = readings.totals[0].device
         wide = torch.float64 if any(t.dtype == torch.float64 for t in readings.totals) else torch.float32
         totals = [*readings.totals, scale] if isinstance(scale, Tensor) else readings.totals
         buffer = torch.stack([total.to(device, wide) for total in totals])
         self._pending.append((buffer, readings.marks, samples, None if isinstance(scale, Tensor) else scale))
-        return torch.isfinite(buffer).all()
+        return buffer
 
     def settle(self) -> list[bool]:
         """Reads what is pending, one copy from the device; for each batch whether it counts."""

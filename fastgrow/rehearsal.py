@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .distributed import replicas_of, together, without_gradient_traffic
 from .errors import GrowthError
+from .names import modules_in
 from .sites import Sites, tensors_of, unwrap
 from .widen import widen
 
@@ -28,7 +29,8 @@ _REGISTRIES = ("_parameters", "_buffers", "_modules")
 def preserved(model: nn.Module) -> Iterator[None]:
     """Buffers and RNG state are put back, no rank waits for gradients; ``.grad`` is the caller's to leave alone."""
     inner = unwrap(model)
-    buffers = [(buffer, buffer.detach().clone()) for buffer in inner.buffers()]
+    held = {id(b): b for module in modules_in(inner) for b in module._buffers.values() if b is not None}
+    buffers = [(buffer, buffer.detach().clone()) for buffer in held.values()]
     devices = sorted({p.device.index for p in inner.parameters() if p.is_cuda}) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices), without_gradient_traffic(model):
         try:

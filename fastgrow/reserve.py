@@ -20,7 +20,7 @@ from .errors import GrowthError
 from .how import GradMax, How
 from .integrations.config import follow_configs
 from .layout import Layout, Sizes, index_map, new_positions, run_start, size
-from .room import check_blank, check_reservable
+from .room import check_blank, check_reservable, has_room
 from .sharded import wrapped_modules
 from .sites import Sites, tensors_of, unwrap
 from .widen import AttributeEdit, TensorEdit, widen
@@ -134,6 +134,8 @@ def fitted(model: nn.Module, sites: Sites, edits: Edits, units: Mapping[str, int
     Where it is too small, and where there is none, the site is widened to what it needs, rounded up to a multiple of
     `round_to`; what is left over is room.
     """
+    if round_to == 1 and not has_room(model):
+        return edits
     now, physical = sites.sizes(model), sites.sizes(model, room=True)
     if now == physical and round_to == 1:
         return edits

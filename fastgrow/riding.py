@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from . import ops
 from .kernels.aten import activation_backward
 from .kernels.launch import dense_flat, triton_missing
+from .names import modules_in
 from .nn import ReLU
 from .nn.activations import relu
 
@@ -49,7 +50,7 @@ def riding(model: nn.Module) -> Iterator[None]:
     swapped: list[tuple[nn.Module, type[nn.Module]]] = []
     first = next(model.parameters(), None)
     if first is not None and rides(first):
-        swapped = [(module, type(module)) for module in model.modules() if type(module) in _CARRIERS]
+        swapped = [(module, type(module)) for module in modules_in(model) if type(module) in _CARRIERS]
     try:
         for module, kind in swapped:
             module.__class__ = _CARRIERS[kind]

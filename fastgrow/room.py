@@ -21,6 +21,7 @@ from . import stages
 from .blocks import has_blocks
 from .errors import GrowthError
 from .layout import index_map, restricted_size, size
+from .names import modules_in
 from .replay import derivative_from_the_right
 from .sites import Site, Sites, tensors_of, unwrap
 from .sites.nodes import bind, plain_name
@@ -55,7 +56,11 @@ def has_room(model: nn.Module) -> bool:
 def live_parameters(model: nn.Module) -> int:
     """Entries of the model's parameters, room left out."""
     inner = unwrap(model)
-    lengths = {name: {dim: len(index) for dim, index in of.items()} for name, of in stages.live_in(inner).items()}
+    room = stages.live_in(inner)
+    if not room:
+        held = (p for module in modules_in(inner) for p in module._parameters.values() if p is not None)
+        return sum({id(parameter): parameter.numel() for parameter in held}.values())
+    lengths = {name: {dim: len(index) for dim, index in of.items()} for name, of in room.items()}
     return sum(
         math.prod(lengths.get(name, {}).get(dim, length) for dim, length in enumerate(parameter.shape))
         for name, parameter in inner.named_parameters()
@@ -165,7 +170,7 @@ def check_blank(model: nn.Module) -> None:
 
 def live_shares(model: nn.Module, sites: Sites) -> dict[str, tuple[int, int]]:
     """Layer -> (output channels that hold units, all of them), of the layers with room in their outputs."""
-    if sites.graph is None or not has_room(model):
+    if sites.graph is None:
         return {}
     now, whole = sites.sizes(model), sites.sizes(model, room=True)
     shares = {}

@@ -45,13 +45,8 @@ class SiteSolving:
         """The leading directions of every target, all plain ones solved together."""
         apart = {site.name for site in targets if has_blocks(site) or self._normed_together(site)}
         whole = [site for site in targets if site.name not in apart]
-        with self._gathered(*whole), together(self.replicas):
-            maps = [self._map(site, captures, weights) for site in whole]
-        names = [site.name for site in whole]
-        self._maps = dict(zip(names, maps, strict=True))
-        ranks = [min(self.rank[name], *found.shape) for name, found in self._maps.items()]
         solved = solve if self.replicas is None else self.replicas.solve
-        directions = dict(zip(names, solved(maps, ranks, names=names), strict=True))
+        directions = self._whole(whole, captures, weights, solved) if whole else {}
         for site in targets:
             if site.name in apart:
                 directions[site.name] = self._pooled(site, captures, weights, partial(self._alone, site))
@@ -60,6 +55,21 @@ class SiteSolving:
                 with self._gathered(site):
                     directions[site.name] = self._pairs(site, captures, weights, plain, solved)
         return directions
+
+    def _whole(
+        self,
+        sites: Sequence[Site],
+        captures: Sequence[Capture],
+        weights: Sequence[float],
+        solver: Callable[..., list[Directions]],
+    ) -> dict[str, Directions]:
+        """Sites with one matrix each, kept for solvers that come after."""
+        with self._gathered(*sites), together(self.replicas):
+            maps = [self._map(site, captures, weights) for site in sites]
+        names = [site.name for site in sites]
+        self._maps = dict(zip(names, maps, strict=True))
+        ranks = [min(self.rank[name], *found.shape) for name, found in self._maps.items()]
+        return dict(zip(names, solver(maps, ranks, names=names), strict=True))
 
     def by(
         self, solver: Solver, targets: Sequence[Site], captures: Sequence[Capture], weights: Sequence[float]

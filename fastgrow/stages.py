@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import GrowthError
-from .names import find_tensor
+from .names import find_tensor, modules_in, named_modules_in
 
 __all__ = [
     "ATTRIBUTE",
@@ -87,7 +87,7 @@ class Axis:
     @cached_property
     def has_room(self) -> bool:
         """Whether some positions hold none."""
-        return len(self.live) < len(self.stage)
+        return bool((self.stage == ROOM).any())
 
 
 Axes = Mapping[str, Mapping[int, Axis]]
@@ -145,14 +145,19 @@ def live(axes: Mapping[int, Axis]) -> dict[int, Tensor]:
 
 def any_room(model: nn.Module) -> bool:
     """Whether a tensor of the model has room."""
-    marked = (dims for module in model.modules() for dims in vars(module).get(ATTRIBUTE, {}).values())
-    return any(axis.has_room for dims in marked for axis in dims.values())
+    for module in modules_in(model):
+        if (marked := module.__dict__.get(ATTRIBUTE)) is not None:
+            for dims in marked.values():
+                for axis in dims.values():
+                    if axis.has_room:
+                        return True
+    return False
 
 
 def live_in(model: nn.Module) -> dict[str, dict[int, Tensor]]:
     """`live` of every tensor with room, by each of its names."""
     found: dict[str, dict[int, Tensor]] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False) if any_room(model) else ():
+    for prefix, module in named_modules_in(model) if any_room(model) else ():
         for leaf, axes in vars(module).get(ATTRIBUTE, {}).items():
             if positions := live(axes):
                 found[f"{prefix}.{leaf}" if prefix else leaf] = positions
@@ -189,15 +194,8 @@ def clear(model: nn.Module) -> None:
 
 def newest_stage(model: nn.Module) -> int:
     """The stage of the youngest unit in the model; 0 where nothing has grown."""
-    return max(
-        (
-            axis.newest
-            for module in model.modules()
-            for dims in vars(module).get(ATTRIBUTE, {}).values()
-            for axis in dims.values()
-        ),
-        default=0,
-    )
+    marked = [grown for module in modules_in(model) if (grown := module.__dict__.get(ATTRIBUTE)) is not None]
+    return max((axis.newest for grown in marked for dims in grown.values() for axis in dims.values()), default=0)
 
 
 def state(model: nn.Module) -> dict[str, dict[int, dict[str, Tensor]]]:

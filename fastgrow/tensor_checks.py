@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from types import NoneType
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,12 @@ from torch.nn.utils import parametrize
 
 from . import stages
 from .errors import GrowthError
-from .names import find_module, is_wrapper
+from .names import find_module, is_wrapper, modules_in
 from .optimizer_state import GrownParameter, holds
 
 __all__ = ["check_memory", "check_owner", "check_parametrization", "check_references", "unknown_tensor"]
 
+_PLAIN = frozenset((bool, int, float, str, NoneType))
 _OWN = frozenset(("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", stages.ATTRIBUTE))
 
 
@@ -33,22 +35,32 @@ def check_owner(module: nn.Module, leaf: str, name: str, whose: str) -> None:
 
 def check_memory(roots: Sequence[nn.Module], grown: Mapping[int, GrownParameter]) -> None:
     """Two tensor objects over the same memory would be one no longer."""
-    real = (Tensor, nn.Parameter)
-    tensors = {
-        id(tensor): (tensor, name)
-        for root in roots
-        for named in (root.named_parameters(), root.named_buffers())
-        for name, tensor in named
-        if type(tensor) in real and tensor.layout == torch.strided and tensor.numel()
-    }
-    at = {tensors[key][0].data_ptr(): tensors[key] for key in grown if key in tensors}
-    for tensor, name in tensors.values():
-        twin, twin_name = at.get(tensor.data_ptr(), (tensor, name))
-        if twin is not tensor and tensor.data_ptr():
-            raise GrowthError(
-                f"{twin_name!r} and {name!r} share memory but are two tensors; tie them as one Parameter "
-                "(layer.weight = other.weight), or give them memory of their own"
-            )
+    at = {found.old.data_ptr(): found for found in grown.values() if _has_memory(found.old)}
+    at.pop(0, None)
+    if not at:
+        return
+    for module in modules_in(*roots):
+        for registry in (module._parameters, module._buffers):
+            for tensor in registry.values():
+                if tensor is None or not _has_memory(tensor):
+                    continue
+                twin = at.get(tensor.data_ptr())
+                if twin is not None and twin.old is not tensor:
+                    name = next(
+                        name
+                        for root in roots
+                        for named in (root.named_parameters(), root.named_buffers())
+                        for name, other in named
+                        if other is tensor
+                    )
+                    raise GrowthError(
+                        f"{twin.name!r} and {name!r} share memory but are two tensors; tie them as one Parameter "
+                        "(layer.weight = other.weight), or give them memory of their own"
+                    )
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.numel() > 0
 
 
 def check_references(module: nn.Module, grown: Mapping[int, GrownParameter]) -> None:
@@ -56,9 +68,7 @@ def check_references(module: nn.Module, grown: Mapping[int, GrownParameter]) -> 
     if is_wrapper(module):
         return
     for key, value in vars(module).items():
-        if not isinstance(value, (Tensor, list, tuple, set, dict)) or key in _OWN or "_hook" in key:
-            continue
-        if holds(value, grown):
+        if value.__class__ not in _PLAIN and key not in _OWN and "_hook" not in key and holds(value, grown):
             raise GrowthError(
                 f"{type(module).__name__}.{key} keeps a second reference to a tensor that would grow; "
                 "look it up where it is used instead"

@@ -7,7 +7,7 @@ fail. Then one run of assignments into the dicts and lists that hold them, undon
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from . import stages
 from .enlarge import Block, Enlargement
 from .errors import GrowthError
-from .names import find_module, find_tensor, innermost
+from .names import find_module, find_tensor, innermost, modules_in
 from .optimizer_state import GrownParameter, carry, unwrapped
 from .sharded import Renewals, is_sharded, part, whole
 from .tensor_checks import check_memory, check_owner, check_parametrization, check_references, unknown_tensor
@@ -195,7 +195,7 @@ class _Plan:
         made: dict[tuple[int, ...], stages.Axis] = {}
         moved = {key: found for key, found in grown.items() if not found.stays}
         check_memory(roots, moved)
-        for module in _modules(roots):
+        for module in modules_in(*roots):
             check_references(module, moved)
             owner = replaced.get(id(module), module)
             recorded, changed = stages.axes_of(module), False
@@ -265,7 +265,7 @@ class _Plan:
     ) -> dict[int, nn.Module]:
         """id(old module) -> the one that owns its tensors from now on."""
         places: dict[int, list[tuple[nn.Module, str]]] = {}
-        for parent in _modules(roots) if swaps else ():
+        for parent in modules_in(*roots) if swaps else ():
             for child_name, child in parent._modules.items():
                 places.setdefault(id(child), []).append((parent, child_name))
         successors: dict[int, tuple[str, nn.Module, nn.Module]] = {}
@@ -475,10 +475,6 @@ def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
     return len(shape) <= len(target) and all(
         mine in (1, wanted) for mine, wanted in zip(reversed(shape), reversed(target), strict=False)
     )
-
-
-def _modules(roots: Sequence[nn.Module]) -> Iterator[nn.Module]:
-    return iter(_unique(module for root in roots for module in root.modules()))
 
 
 def _unique(items: Iterable[Any]) -> list[Any]:

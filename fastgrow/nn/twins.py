@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import transformer
 
+from ..names import modules_in
 from .activations import LeakyReLU, PReLU, ReLU, ReLU6
 from .attention import MultiheadAttention
 
@@ -64,7 +65,7 @@ def attention_opened(model: nn.Module) -> Iterator[None]:
     Torch's own hides its projections in one function, or in a fused kernel. For tracing, and while layers are watched;
     the modules stay the same objects. Modules of any other class, subclasses of torch's too, are left alone.
     """
-    opened = [module for module in model.modules() if type(module) is nn.MultiheadAttention]
+    opened = [module for module in modules_in(model) if type(module) is nn.MultiheadAttention]
     try:
         for module in opened:
             module.__class__ = MultiheadAttention

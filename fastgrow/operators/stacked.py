@@ -35,7 +35,7 @@ class StackedPair(LinearMap):
         self.blocks = grad.mT @ data  # U_g: (G, O, I)
         if _is_tame(self.blocks):
             self.blocks *= mantissa
-            self.exponent = torch.tensor(float(power), device="cpu")
+            self.exponent = torch.full((), float(power), device="cpu")
         else:
             of_grad, of_data = exponent_of(grad), exponent_of(data)
             self.exponent = of_grad + of_data + power

@@ -13,6 +13,7 @@ from .. import stages
 from ..errors import GrowthError
 from ..insertions import places
 from ..layout import Layout, axes_of, size
+from ..names import named_modules_in
 from .graph import Followed, unwrap
 
 __all__ = [
@@ -253,12 +254,14 @@ class Sites(Sequence[Site]):
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer of the model under all its names."""
-    modules = list(unwrap(model).named_modules(remove_duplicate=False))
+    modules = named_modules_in(unwrap(model))
+    registries: list[tuple[str, Mapping[str, Tensor | None]]]
+    registries = [(prefix, module._parameters) for prefix, module in modules if module._parameters]
+    registries += [(prefix, module._buffers) for prefix, module in modules if module._buffers]
     return {
         f"{prefix}.{leaf}" if prefix else leaf: tensor
-        for registry in ("_parameters", "_buffers")
-        for prefix, module in modules
-        for leaf, tensor in getattr(module, registry).items()
+        for prefix, registry in registries
+        for leaf, tensor in registry.items()
         if tensor is not None
     }
 
