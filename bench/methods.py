@@ -12,12 +12,10 @@ import argparse
 import copy
 import dataclasses
 import json
-import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,12 +31,13 @@ from fastgrow.demo.models import conv_net
 from fastgrow.demo.training import accuracy, flop_counter
 from fastgrow.schedule import flops
 
+from .cells import BASELINES, Cell, Run, line
+from .plots import draw
 from .rows import ROOT, Settings
 
-__all__ = ["BASELINES", "HOWS", "NETWORKS", "WHERES", "Cell", "main", "read"]
+__all__ = ["HOWS", "NETWORKS", "WHERES", "main"]
 
 RESULTS = ROOT / "bench" / "results" / "methods-cpu.json"
-BASELINES = ("small", "big")
 
 HOWS: dict[str, Callable[[], fg.how.How]] = {
     "GradMax": fg.how.GradMax,
@@ -139,50 +138,6 @@ class Plan:
     def growth_steps(self, steps: int) -> list[int]:
         """Evenly spaced over the first 60 % of the training."""
         return sorted({max(1, round(0.6 * steps * turn / self.growths)) for turn in range(1, self.growths + 1)})
-
-
-@dataclass
-class Run:
-    """One training.
-
-    seconds (CPU time of one thread), flops: of training and growth; growth_seconds, growth_flops: the growths' own
-    part of them, with their own passes, without the measuring of gains. gains: for each growth its step, the sites'
-    [predicted, measured] decreases of the loss, those of all together, what growing changed of the loss, the
-    smallest captured norm. curve: (FLOPs, test accuracy) after each epoch.
-    """
-
-    seed: int
-    accuracy: float = 0.0
-    loss: float = 0.0
-    seconds: float = 0.0
-    growth_seconds: float = 0.0
-    flops: float = 0.0
-    growth_flops: float = 0.0
-    parameters: int = 0
-    widths: list[int] = field(default_factory=list)
-    gains: list[dict[str, Any]] = field(default_factory=list)
-    curve: list[tuple[float, float]] = field(default_factory=list)
-
-
-@dataclass
-class Cell:
-    """All seeds of one combination; refused: the library's own words where it does not fit."""
-
-    network: str
-    how: str
-    where: str
-    runs: list[Run] = field(default_factory=list)
-    refused: str | None = None
-
-    def mean(self, what: str) -> float:
-        return statistics.fmean(getattr(run, what) for run in self.runs)
-
-    def spread(self, what: str) -> float:
-        """Standard deviation over the seeds."""
-        values = [getattr(run, what) for run in self.runs]
-        if not all(map(math.isfinite, values)):  # a training that diverged
-            return math.nan
-        return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 class Bench:
@@ -370,20 +325,6 @@ def run(
         yield from pool.map(partial(_carry_out, plan, quick), tasks)
 
 
-def line(cell: Cell) -> str:
-    """One cell as a line of the table that is printed."""
-    head = f"{cell.network:<9} {cell.how:<20} {cell.where:<15}"
-    if cell.refused is not None:
-        return f"{head} refused: {cell.refused}"
-    return (
-        f"{head} accuracy {100 * cell.mean('accuracy'):5.1f} +- {100 * cell.spread('accuracy'):4.1f} %  "
-        f"loss {cell.mean('loss'):.3g} +- {cell.spread('loss'):.1g}  "
-        f"{cell.mean('seconds'):6.2f} s (growth {cell.mean('growth_seconds'):5.2f})  "
-        f"{cell.mean('flops') / 1e9:6.3f} GFLOPs (growth {cell.mean('growth_flops') / 1e9:6.3f})  "
-        f"{cell.mean('parameters'):.0f} parameters"
-    )
-
-
 def write(path: Path, plan: Plan, cells: Sequence[Cell]) -> None:
     """Conditions and cells, one cell a line, numbers of five digits."""
     conditions = Settings(torch.device("cpu")).complete(Settings(torch.device("cpu")).row("methods", "", ""))
@@ -409,13 +350,6 @@ def write(path: Path, plan: Plan, cells: Sequence[Cell]) -> None:
     lines = ",\n".join(json.dumps(_rounded(dataclasses.asdict(cell))) for cell in cells)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'{{"conditions": {json.dumps(head)},\n"cells": [\n{lines}\n]}}\n')
-
-
-def read(path: Path) -> tuple[dict[str, Any], list[Cell]]:
-    """What `write` wrote."""
-    found = json.loads(path.read_text())
-    cells = [Cell(**{**entry, "runs": [Run(**each) for each in entry["runs"]]}) for entry in found["cells"]]
-    return found["conditions"], cells
 
 
 def _rounded(value: Any) -> Any:
@@ -468,8 +402,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write(target, plan, cells)
     print(f"# {len(cells)} cells in {time.perf_counter() - started:.0f} s", flush=True)
     if options.plots is not None:
-        from .plots import draw
-
         for path in draw(cells, options.plots):
             print(f"{path} written")
     return 0

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastgrow import GrowthError
 
-from .methods import BASELINES, Cell, read
+from .cells import BASELINES, Cell, read
 from .plots import draw, gains_of
 
 __all__ = ["render", "write"]

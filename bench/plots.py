@@ -10,7 +10,7 @@ from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .methods import BASELINES, Cell
+from .cells import BASELINES, Cell
 
 __all__ = ["draw", "gains_of"]
 

@@ -3,8 +3,9 @@
 from . import how, nn, ops, optim, schedule, when, where
 from .checkpoint import load, save
 from .errors import GrowthError
-from .grow import GrowthReport, SiteGrowth, finalize, grow
+from .grow import finalize, grow
 from .grower import Grower
+from .growth_report import GrowthReport, SiteGrowth
 from .insert import insert_layer
 from .named import name_sites
 from .observation import Observation

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from .birth import ZERO_ROLES, birth_values
 from .enlarge import Block, filled
 from .errors import GrowthError
-from .how import Newborns, Start
 from .layout import Layout, index_map, new_positions, run_start, size, unit_positions, whole_unit_positions
 from .names import find_module
+from .newborns import Newborns, Start
 from .nn import twin
 from .sites import Site, Sites, Slot, live_tensors, unwrap
 from .widen import AttributeEdit, ModuleSwap, TensorEdit

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .distributed import replicas_of, together
 from .errors import GrowthError
+from .growth_report import GrowthReport
 from .layout import index_map, new_positions
 from .rehearsal import checked_loss, preserved
 from .sharded import wrapped_modules
 from .sites import Site, Sites, tensors_of
-
-if TYPE_CHECKING:
-    from .grow import GrowthReport
 
 __all__ = ["GainMeter"]
 

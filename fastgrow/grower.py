@@ -16,7 +16,8 @@ from .costs import pricing, unit_costs
 from .distributed import replicas_of
 from .errors import GrowthError
 from .gain import GainMeter
-from .grow import GrowthReport, SiteGrowth, grow_observed, observe_closure, observing
+from .grow import grow_observed, observe_closure, observing
+from .growth_report import GrowthReport, SiteGrowth
 from .how import GradMax, How
 from .insert import insert_layer
 from .names import find_module

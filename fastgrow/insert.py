@@ -14,11 +14,13 @@ from .arguments import as_list, whole
 from .between import Spot, activation_of, find_spot, keeps
 from .distributed import replicas_of, together
 from .errors import GrowthError
-from .grow import GrowthReport, SiteGrowth, inputs_of, observe_closure, observing
-from .how import GradMax, How, Newborns, Start
+from .grow import inputs_of, observe_closure, observing
+from .growth_report import GrowthReport, SiteGrowth
+from .how import GradMax, How
 from .insertions import Insertion, LayerSpec, attach, insertions
 from .integrations.config import follow_configs
 from .names import find_module
+from .newborns import Newborns, Start
 from .nn import twin
 from .observe import observe
 from .plan import check_units

@@ -5,20 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .distributed import replicas_of, together, without_gradient_traffic
+from .edits import Edits
 from .errors import GrowthError
 from .names import modules_in
+from .newborns import Newborns, Start
 from .sites import Sites, tensors_of, unwrap
 from .widen import widen
-
-if TYPE_CHECKING:
-    from .edits import Edits
-    from .how import Newborns, Start
 
 __all__ = ["Grown", "Rehearsal", "checked_loss", "preserved", "restored"]
 

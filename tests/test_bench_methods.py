@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import fastgrow as fg
-from bench import methods, methods_page
+from bench import methods_page
 from bench.__main__ import main
-from bench.methods import BASELINES, HOWS, NETWORKS, WHERES, Bench, Cell, Plan, Run, read, write
+from bench.cells import BASELINES, Cell, Run, line, read
+from bench.methods import HOWS, NETWORKS, WHERES, Bench, Plan, write
 from bench.plots import gains_of
 from fastgrow.data import load_digits
 
@@ -70,7 +71,7 @@ def test_what_does_not_fit_is_told_in_the_librarys_words(plan: Plan, monkeypatch
     cell = bench.cell("Splitting", "RoundRobin")  # 8 units of a layer that has 6 to split
     assert cell.runs == []
     assert "split at most once" in (cell.refused or "")
-    assert "refused: site" in methods.line(cell)
+    assert "refused: site" in line(cell)
 
 
 def test_command_line_json_plots_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """How new units start, one file per method."""
 
-from .base import How, Newborns, Start
+from ..newborns import Newborns, Start
+from .base import How
 from .firefly import Firefly
 from .gradmax import GradMax
 from .gradmax_opt import GradMaxOpt

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ..arguments import choice, number, whole
 from ..errors import GrowthError
+from ..newborns import Newborns, Start
 from ..rehearsal import Grown, Rehearsal
 from ..sites import Site
-from .base import How, Newborns, Start, refuse_mixing
+from ..units import gather, names_of, scatter_
+from .base import How, refuse_mixing
 from .splitting import split_start
-from .units import gather, names_of, scatter_
 
 __all__ = ["Firefly"]
 

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from ..arguments import choice, number
 from ..errors import GrowthError
+from ..newborns import Newborns, Start
 from ..sites import Site
 from ..solve import Directions
-from .base import How, Newborns, Start
+from .base import How
 
 __all__ = ["GradMax"]
 

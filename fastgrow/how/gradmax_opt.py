@@ -12,13 +12,14 @@ from ..arguments import choice, number, whole
 from ..errors import GrowthError
 from ..layout import unit_positions
 from ..members import Side
+from ..newborns import Newborns, Start
 from ..replay import Replay, ReplayMap, consumer_gradient
 from ..site_view import SiteView, for_parts
 from ..sites import Site, tensors_of
 from ..solve import Directions
-from .base import How, Newborns, Start, refuse_mixing
+from ..units import gather
+from .base import How, refuse_mixing
 from .gradmax import DEAD_AT_ZERO
-from .units import gather
 
 __all__ = ["GradMaxOpt"]
 

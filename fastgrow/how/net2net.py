@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..arguments import number
 from ..errors import GrowthError
-from .base import How, Newborns, Start
+from ..newborns import Newborns, Start
+from .base import How
 
 __all__ = ["Net2Net", "copy_sources"]
 

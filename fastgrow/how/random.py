@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..arguments import choice, number
-from .base import How, Newborns, Start
+from ..newborns import Newborns, Start
+from .base import How
 
 __all__ = ["Random"]
 

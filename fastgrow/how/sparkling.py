@@ -9,8 +9,9 @@ from torch import nn
 
 from ..arguments import choice, whole
 from ..errors import GrowthError
+from ..newborns import Newborns, Start
 from ..stages import newest_stage
-from .base import How, Newborns, Start
+from .base import How
 from .net2net import copy_sources
 
 __all__ = ["Sparkling"]

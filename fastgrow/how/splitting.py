@@ -14,12 +14,13 @@ from ..blocks import has_blocks
 from ..errors import GrowthError
 from ..layout import unit_positions
 from ..natural import own_part, present_rows
+from ..newborns import Newborns, Start
 from ..replay import Capture, Replay, consumer_pullback
 from ..site_view import SiteView
 from ..sites import Site, tensors_of
 from ..solve import Directions
-from .base import How, Newborns, Start, refuse_mixing
-from .units import gather, names_of, scatter_
+from ..units import gather, names_of, scatter_
+from .base import How, refuse_mixing
 
 __all__ = ["Splits", "Splitting", "split_start"]
 

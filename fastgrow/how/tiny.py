@@ -6,10 +6,11 @@ from ..arguments import choice, number
 from ..blocks import has_blocks
 from ..errors import GrowthError
 from ..natural import NaturalDirections, natural_directions
+from ..newborns import Newborns, Start
 from ..site_view import SiteView
 from ..sites import Site
 from ..solve import Directions
-from .base import How, Newborns, Start, refuse_mixing
+from .base import How, refuse_mixing
 from .gradmax import DEAD_AT_ZERO
 
 __all__ = ["TINY"]

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..arguments import number
 from ..errors import GrowthError
+from ..newborns import Newborns, Start
 from ..sites import Site, Sites, tensors_of
-from .base import How, Newborns, Start, refuse_mixing
+from .base import How, refuse_mixing
 
 __all__ = ["VarianceTransfer"]
 

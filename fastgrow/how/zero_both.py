@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from ..errors import GrowthError
+from ..newborns import Newborns, Start
 from ..sites import Site
-from .base import How, Newborns, Start, refuse_mixing
+from .base import How, refuse_mixing
 
 __all__ = ["ZeroBoth"]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .base import How, Newborns, Start
+from ..newborns import Newborns, Start
+from .base import How
 
 __all__ = ["ZeroOutgoing"]
 

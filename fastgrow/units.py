@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from ..layout import Leaf, Sizes, whole_unit_positions
-from ..sites import Site, Slot
+from .layout import Leaf, Sizes, whole_unit_positions
+from .sites import Site, Slot
 
 __all__ = ["gather", "names_of", "scatter_"]
 
