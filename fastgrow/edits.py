@@ -16,7 +16,7 @@ from .layout import Layout, index_map, new_positions, run_start, size, unit_posi
 from .names import find_module
 from .newborns import Newborns, Start
 from .nn import twin
-from .sites import Site, Sites, Slot, live_tensors, unwrap
+from .sites import Site, Sites, Slot, unwrap
 from .widen import AttributeEdit, ModuleSwap, TensorEdit
 
 __all__ = ["EditBuilder", "Edits", "build_edits"]
@@ -71,13 +71,12 @@ class EditBuilder:
         self.sites = sites
         self.units = units
         self.rewriting = rewriting
-        self.old = sites.sizes(model)
+        self.tensors, self.old = sites.present(model)
         self.seed = self.old if seed is None else seed
         self.now = dict(self.old)
         self.new = dict(self.old)
         for name, count in units.items():
             self.new[sites[name].axis] += count // sites[name].step
-        self.tensors = live_tensors(model)
         self.fresh: dict[str, Tensor] = {}
         self.blocks: dict[str, list[Block]] = {}
         self.axes: dict[str, dict[int, Tensor]] = {}

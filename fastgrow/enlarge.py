@@ -215,7 +215,8 @@ class Enlargement:
             return []
         pads = []
         for dim in reversed(range(len(self.old))):
-            start, length = self.starts.get(dim) or 0, self.targets[dim].shape[0] if dim in self.axes else self.old[dim]
+            start = self.starts.get(dim) or 0
+            length = self.targets[dim].shape[0] if self.room and dim in self.axes else self.old[dim]
             pads += [start, self.new[dim] - length - start]
         return pads
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import GrowthError
-from .layout import new_positions, restricted_size, unit_positions, whole_unit_positions
+from .layout import Leaf, new_positions, restricted_size, unit_positions, whole_unit_positions
 from .members import Channels, Side
 from .names import find_module
 from .sites import Site, Sites, Slot, live_tensors
@@ -103,18 +103,18 @@ class Newborns:
         names = self.site.producers if role == "producer" else self.site.consumers
         result, offset = {}, 0
         for name in names:
-            shape = self.shape(name, role)
-            positions = self.positions(name, role).to(vectors.device)
+            slot, shape = self.site.weight(name, role), self.shape(name, role)
             count = math.prod(shape) // self.steps
             piece = vectors[offset : offset + count].T  # (steps, count)
             offset += count
-            target = vectors.new_empty(shape)
             if role == "producer":
-                target[positions.reshape(-1)] = piece.reshape(-1, *shape[1:])
+                part = piece.reshape(-1, *shape[1:])
             else:
-                flat = piece.reshape(self.steps, shape[0], -1, *shape[2:]).movedim(0, 1)
-                target[:, positions.reshape(-1)] = flat.reshape(shape[0], -1, *shape[2:])
-            result[name] = target.to(self.weight(name, role).dtype)
+                part = piece.reshape(self.steps, shape[0], -1, *shape[2:]).movedim(0, 1).reshape(shape)
+            if slot.layout != Leaf(self.site.axis):
+                positions = self.positions(name, role).reshape(-1).to(vectors.device)
+                part = torch.empty_like(part).index_copy_(0 if role == "producer" else 1, positions, part)
+            result[name] = part.to(self.tensors[slot.tensor].dtype)
         if offset != vectors.shape[0]:
             raise GrowthError(
                 f"site {self.site.name!r}: directions of length {vectors.shape[0]} were given, its {role}s take "

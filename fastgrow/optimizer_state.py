@@ -113,7 +113,8 @@ def carry(optimizer: Any, grown: Mapping[int, GrownParameter]) -> Carried:
     # An optimizer that is told of growth sees to its own caches.
     if not callable(getattr(optimizer, "grown", None)):
         for attribute, value in vars(optimizer).items():
-            if value is not groups and value is not state and holds(value, held):
+            own = value is groups or value is state or attribute == "defaults" or "_hook" in attribute
+            if not own and holds(value, held):
                 raise GrowthError(
                     f"{kind}.{attribute} keeps parameters of its own, which would stay at their old size; "
                     "make a new optimizer after growth, or use one of torch.optim or fastgrow.optim"

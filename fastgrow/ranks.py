@@ -14,7 +14,7 @@ from .distributed import Replicas
 from .errors import GrowthError
 from .layout import size, whole_unit_positions
 from .names import find_module
-from .sites import Site, Sites, live_tensors, unwrap
+from .sites import Site, Sites, unwrap
 from .where import effective_dimension
 
 __all__ = ["ActivationRanks", "weight_ranks"]
@@ -106,7 +106,7 @@ class ActivationRanks:
 
 def weight_ranks(model: nn.Module, sites: Sites, epsilon: float) -> dict[str, float]:
     """The same of the incoming weights of each site's first producer: H is (in x kernel, out)."""
-    tensors, sizes = live_tensors(model), sites.sizes(model)
+    tensors, sizes = sites.present(model)
     found: dict[str, float] = {}
     for site in sites:
         slot = site.weight(site.producers[0], "producer")

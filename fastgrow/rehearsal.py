@@ -34,9 +34,10 @@ def preserved(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+            if buffers:
+                with torch.no_grad():
+                    for buffer, value in buffers:
+                        buffer.copy_(value)
 
 
 def checked_loss(closure: Callable[[], Tensor]) -> Tensor:

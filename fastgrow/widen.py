@@ -111,12 +111,14 @@ def widen(
     Returns a function that takes everything back, for as long as nothing else has changed these tensors.
     Raises `GrowthError` for edits that don't fit; after any exception all is as it was before.
     """
+    joining = tuple(joining)
     # New tensors made in inference mode could never be trained.
     with torch.inference_mode(False), torch.no_grad():
         plan = _Plan.prepare(
             model, tuple(edits), tuple(attributes), tuple(swaps), tuple(optimizers), tuple(also), stage
         )
-        plan.join(tuple(optimizers), tuple(joining))
+        if joining:
+            plan.join(tuple(optimizers), joining)
         return plan.commit()
 
 

@@ -224,17 +224,24 @@ class Sites(Sequence[Site]):
         raises: GrowthError where the model's tensors do not fit the sites (another model, or one that
         was resized by hand), and where a layer was inserted since they were found.
         """
+        shapes = {name: tensor.shape for name, tensor in tensors_of(model).items()}
+        for name, positions in () if room else stages.live_in(unwrap(model)).items():
+            lengths = {dim: len(index) for dim, index in positions.items()}
+            shapes[name] = torch.Size(lengths.get(dim, length) for dim, length in enumerate(shapes[name]))
+        return self._sizes(model, shapes)
+
+    def present(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[int, int]]:
+        """`live_tensors` and `sizes` of this model, in one look."""
+        tensors = live_tensors(model)
+        return tensors, self._sizes(model, {name: tensor.shape for name, tensor in tensors.items()})
+
+    def _sizes(self, model: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[int, int]:
         later = places(unwrap(model)) - self.inserted
         if later:
             raise GrowthError(
                 f"a layer was inserted at {min(later)!r} after these sites were found: find them again with "
                 "fastgrow.find_sites (for a Grower: use Grower.insert_layer, or set its sites)"
             )
-        tensors = tensors_of(model)
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        for name, positions in () if room else stages.live_in(unwrap(model)).items():
-            lengths = {dim: len(index) for dim, index in positions.items()}
-            shapes[name] = torch.Size(lengths.get(dim, length) for dim, length in enumerate(shapes[name]))
         sizes = dict(self.constants)
         missing = _read(sizes, (*self.items, *self.left_out), shapes)
         if missing:
