@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,8 @@ from .layout import restricted_size
 from .members import Channels, Side
 from .operators import StackedPair, scale_by_power
 from .reduction import SMALL_SIDE
-from .replay import Capture, Replay, ReplayMap
+from .replay import ReplayMap
+from .site_data import SiteData
 from .sites import Site, Sites, tensors_of
 from .solve import Directions, solve
 
@@ -175,29 +176,20 @@ class _Maps:
         return math.sqrt(float(torch.where(reach > 0, total / reach, 1.0).min()))
 
 
-def block_directions(
-    model: nn.Module,
-    sites: Sites,
-    site: Site,
-    captures: Sequence[Capture],
-    weights: Sequence[float],
-    units: int,
-    *,
-    bias: bool = False,
-    signed: bool = False,
-) -> UnitDirections:
+def block_directions(data: SiteData, units: int, *, signed: bool = False) -> UnitDirections:
     """GradMax's directions for so many units, whole units at a time.
 
-    bias: the producers' biases count as columns of M (not beside gates). signed: the units come as signed pairs; this
-    is the outgoing direction of each under its own mask.
+    The producers' biases count as columns of M where units are alone in each channel: not beside gates, and not in
+    signed pairs. signed: the units come as such; this is the outgoing direction of each under its own mask.
     """
+    model, sites, site = data.model, data.sites, data.site
     if site.separate and not site.gates:
-        return _separate_directions(model, sites, site, captures, weights, units, bias and not signed, signed)
+        return _separate_directions(replace(data, bias=data.bias and not signed), units, signed)
     channels = Channels.of(tensors_of(model), sites.sizes(model), sites, site)
     gates = gate_rows(model, sites, site, units)
     maps = []
-    for capture, weight in zip(captures, weights, strict=True):
-        replay = Replay(model, sites, site, capture)
+    for capture, weight in data.batches():
+        replay = data.replay(capture)
         maps.append(ReplayMap(replay, weight, base=gates.to(replay.device, replay.dtype)))
     problem = _Maps(maps, channels, site, units, single=site.separate)
     left, values, _, captured = problem.leading()
@@ -216,37 +208,22 @@ def block_directions(
     )
 
 
-def _separate_directions(
-    model: nn.Module,
-    sites: Sites,
-    site: Site,
-    captures: Sequence[Capture],
-    weights: Sequence[float],
-    units: int,
-    bias: bool,
-    signed: bool,
-) -> UnitDirections:
+def _separate_directions(data: SiteData, units: int, signed: bool) -> UnitDirections:
     """Unit j takes the j-th direction of every channel."""
-    pairs = stacked_pairs(model, sites, site, captures, weights, bias=bias)
+    model, sites, site = data.model, data.sites, data.site
+    pairs = stacked_pairs(data)
     if pairs:
         rows, columns = (Side(pairs[0].members, length) for length in pairs[0].shape)
         channels = Channels(columns, rows)
         left, values, right, captured = _of_members(pairs, units, site.name)
     else:
-        channels = Channels.of(tensors_of(model), sites.sizes(model), sites, site, bias=bias)
+        channels = Channels.of(tensors_of(model), sites.sizes(model), sites, site, bias=data.bias)
         count = units + _SPARE
-        maps = [
-            ReplayMap(Replay(model, sites, site, capture), weight, bias=bias)
-            for capture, weight in zip(captures, weights, strict=True)
-        ]
-        left, values, right, captured = _Maps(maps, channels, site, count).leading()
+        left, values, right, captured = _Maps(data.maps(), channels, site, count).leading()
         left, values, right = left[..., :units], values[..., :units], right[..., :units]
     if signed:
         vectors = channels.into.whole(right)
-        masked = [
-            ReplayMap(Replay(model, sites, site, capture, live=True), weight, base=torch.cat([vectors, -vectors], 1))
-            for capture, weight in zip(captures, weights, strict=True)
-        ]
+        masked = data.maps(torch.cat([vectors, -vectors], 1), live=True)
         problem = _Maps(masked, channels, site, 2 * vectors.shape[1], single=True)
         both, attained, _, captured = problem.leading()
         options = problem.by_unit(both).unflatten(0, (2, -1))  # (2, units, channels, m_c)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Node
 
 from .errors import GrowthError
 from .layout import Leaf
 from .names import find_module
-from .operators import ConvFlattenLinearPair, ConvPair, LinearMap, LinearPair, StackedPair, SumMap
-from .replay import Capture, Replay, ReplayMap, derivative_from_the_right
+from .operators import ConvFlattenLinearPair, ConvPair, LinearMap, LinearPair, StackedPair
+from .replay import Capture, ReplayMap, derivative_from_the_right
+from .site_data import SiteData, summed
 from .sites import LayerCall, Site, Sites
 from .sites.nodes import bind, conv_padding, module_of, plain_name, short_name
 
@@ -150,16 +151,9 @@ def _even(call: LayerCall) -> bool:
     return all(before == after for before, after in conv_padding(bound["padding"], kernel, dilation))
 
 
-def growth_map(
-    model: nn.Module,
-    sites: Sites,
-    site: Site,
-    captures: Sequence[Capture],
-    weights: Sequence[float],
-    *,
-    bias: bool = False,
-) -> LinearMap:
+def growth_map(data: SiteData) -> LinearMap:
     """M of a site over several batches, each with its weight."""
+    site = data.site
     for norm in site.norms:
         if norm.kind == "layer_norm":
             raise GrowthError(
@@ -171,23 +165,25 @@ def growth_map(
             f"site {site.name!r}: {site.tied[0]!r} is tied, producer and consumer at once, so its new entries cannot "
             "be zero on one side only; exclude the site, or untie the weights"
         )
-    chain = _chain_of(sites, site)
+    chain = _chain_of(data.sites, site)
+    if chain is None:
+        return summed(data.maps())
     maps: list[LinearMap] = []
-    for capture, weight in zip(captures, weights, strict=True):
-        pair = None if chain is None else _pair(model, site, chain, capture, weight, bias)
-        maps.append(pair or ReplayMap(Replay(model, sites, site, capture), weight, bias=bias))
-    return maps[0] if len(maps) == 1 else SumMap(maps)
+    for capture, weight in data.batches():
+        pair = _pair(data, chain, capture, weight)
+        maps.append(pair or ReplayMap(data.replay(capture), weight, bias=data.bias))
+    return summed(maps)
 
 
-def _pair(model: nn.Module, site: Site, chain: Chain, capture: Capture, weight: float, bias: bool) -> LinearMap | None:
+def _pair(data: SiteData, chain: Chain, capture: Capture, weight: float) -> LinearMap | None:
     h = _seen(capture.inputs, chain.producer.name, "was not called in the forward pass")
     dz = _seen(capture.gradients, chain.consumer.name, "received no gradient; the loss must depend on it")
-    bias = bias and chain.producer.bias is not None
+    bias = data.bias and chain.producer.bias is not None
     scale = weight * chain.slope
     centred = False
     if chain.norm is not None:
         bound = bind(chain.norm)
-        module = find_module(model, module_of(chain.norm))
+        module = find_module(data.model, module_of(chain.norm))
         if module is None or chain.producer.kind != "conv" or chain.consumer.kind != "conv":
             return None
         centred = module.training or bound["running_mean"] is None
@@ -221,20 +217,12 @@ def _stacked_pair(chain: Chain, h: Tensor, dz: Tensor, scale: float, bias: bool)
     )
 
 
-def stacked_pairs(
-    model: nn.Module,
-    sites: Sites,
-    site: Site,
-    captures: Sequence[Capture],
-    weights: Sequence[float],
-    *,
-    bias: bool = False,
-) -> list[StackedPair]:
+def stacked_pairs(data: SiteData) -> list[StackedPair]:
     """The growth matrices of a stack's members, batch by batch; none where its middle is not elementwise."""
-    chain = _chain_of(sites, site) if site.stacked and site.separate else None
+    chain = _chain_of(data.sites, data.site) if data.site.stacked and data.site.separate else None
     if chain is None:
         return []
-    pairs = [_pair(model, site, chain, *each, bias) for each in zip(captures, weights, strict=True)]
+    pairs = [_pair(data, chain, *batch) for batch in data.batches()]
     return [pair for pair in pairs if isinstance(pair, StackedPair)]
 
 

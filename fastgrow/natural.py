@@ -56,8 +56,7 @@ def natural_directions(view: SiteView, project: bool = True) -> NaturalDirection
     """
     growth = view.growth
     if project:
-        captures = _projected(view)
-        growth = growth_map(view.model, view.sites, view.site, captures, view.weights, bias=view.bias)
+        growth = growth_map(dataclasses.replace(view, captures=_projected(view)))
     root = _inverse_root(_covariance(view), growth.dtype)
     whitened = _Whitened(growth, root)
     (found,) = solve([whitened], min(view.rank, *whitened.shape), names=[view.site.name])

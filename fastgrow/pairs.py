@@ -6,30 +6,19 @@ is solved again under that mask, for each pair, and the sign that attains more i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .operators import LinearMap, SumMap
-from .replay import Capture, Replay, ReplayMap
-from .sites import Site, Sites
+from .operators import LinearMap
+from .site_data import SiteData, summed
 from .solve import Directions, solve
 
 __all__ = ["signed_pairs"]
 
 
-def signed_pairs(
-    model: nn.Module,
-    sites: Sites,
-    site: Site,
-    captures: Sequence[Capture],
-    weights: Sequence[float],
-    plain: Directions,
-    *,
-    bias: bool = False,
-    solver: Callable[..., list[Directions]] = solve,
-) -> Directions:
+def signed_pairs(data: SiteData, plain: Directions, *, solver: Callable[..., list[Directions]] = solve) -> Directions:
     """The plain directions, each turned to its better sign and its outgoing side solved under its own mask.
 
     left: the outgoing direction of each pair; right: the incoming one, signed; values: the norm of the
@@ -39,12 +28,8 @@ def signed_pairs(
     for column in plain.right.T:
         for sign in (1.0, -1.0):
             base = sign * column
-            maps = [
-                ReplayMap(Replay(model, sites, site, capture, live=True), weight, bias=bias, base=base)
-                for capture, weight in zip(captures, weights, strict=True)
-            ]
-            candidates.append((base, maps[0] if len(maps) == 1 else SumMap(maps)))
-    found = solver([mapping for _, mapping in candidates], 1, names=[site.name] * len(candidates))
+            candidates.append((base, summed(data.maps(base, live=True))))
+    found = solver([mapping for _, mapping in candidates], 1, names=[data.site.name] * len(candidates))
     lefts, values, rights = [], [], []
     for pair in range(len(plain.values)):
         options = [2 * pair, 2 * pair + 1]

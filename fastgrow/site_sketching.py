@@ -14,6 +14,7 @@ from .errors import GrowthError
 from .growth_map import growth_map
 from .names import find_module
 from .replay import Capture
+from .site_data import SiteData
 from .sites import Site, Sites
 from .sketch import Sketch, sketched_directions
 from .solve import Directions
@@ -138,9 +139,8 @@ class SiteSketches:
     def _multiplied(self, site: Site, capture: Capture) -> tuple[Tensor, ...]:
         device = next(iter(capture.gradients.values())).device
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            return self.sketches[site.name].parts(
-                growth_map(self.model, self.sites, site, [capture], [1.0], bias=self.bias)
-            )
+            data = SiteData(self.model, self.sites, site, [capture], [1.0], self.bias)
+            return self.sketches[site.name].parts(growth_map(data))
 
     def check_complete(self, pieces: Pieces) -> None:
         """A batch that some gradients of a site reached must have brought all of them."""

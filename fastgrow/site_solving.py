@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -43,32 +42,26 @@ class SiteSolving:
         self, targets: Sequence[Site], captures: Sequence[Capture], weights: Sequence[float]
     ) -> dict[str, Directions]:
         """The leading directions of every target, all plain ones solved together."""
+        views = {site.name: self._view(site, captures, weights) for site in targets}
         apart = {site.name for site in targets if has_blocks(site) or self._normed_together(site)}
-        whole = [site for site in targets if site.name not in apart]
+        whole = [view for name, view in views.items() if name not in apart]
         solved = solve if self.replicas is None else self.replicas.solve
-        directions = self._whole(whole, captures, weights, solved) if whole else {}
+        directions = self._whole(whole, solved) if whole else {}
         for site in targets:
             if site.name in apart:
-                directions[site.name] = self._pooled(site, captures, weights, partial(self._alone, site))
+                directions[site.name] = self._pooled(views[site.name], self._alone)
             elif site.name in self.signed:
-                plain = directions[site.name]
                 with self._gathered(site):
-                    directions[site.name] = self._pairs(site, captures, weights, plain, solved)
+                    directions[site.name] = signed_pairs(views[site.name], directions[site.name], solver=solved)
         return directions
 
-    def _whole(
-        self,
-        sites: Sequence[Site],
-        captures: Sequence[Capture],
-        weights: Sequence[float],
-        solver: Callable[..., list[Directions]],
-    ) -> dict[str, Directions]:
+    def _whole(self, views: Sequence[SiteView], solver: Callable[..., list[Directions]]) -> dict[str, Directions]:
         """Sites with one matrix each, kept for solvers that come after."""
-        with self._gathered(*sites), together(self.replicas):
-            maps = [self._map(site, captures, weights) for site in sites]
-        names = [site.name for site in sites]
+        with self._gathered(*(view.site for view in views)), together(self.replicas):
+            maps = [growth_map(view) for view in views]
+        names = [view.site.name for view in views]
         self._maps = dict(zip(names, maps, strict=True))
-        ranks = [min(self.rank[name], *found.shape) for name, found in self._maps.items()]
+        ranks = [min(view.rank, *found.shape) for view, found in zip(views, maps, strict=True)]
         return dict(zip(names, solver(maps, ranks, names=names), strict=True))
 
     def by(
@@ -79,44 +72,32 @@ class SiteSolving:
         Units with channels apart from each other are for solvers made for them (`fastgrow.site_view.for_parts`).
         """
         parts = bool(getattr(solver, "for_parts", False))
+        known = self._maps if self.replicas is None else {}
         return {
-            site.name: self._pooled(
-                site, captures, weights, partial(self._view, solver, site, self._maps.get(site.name))
-            )
+            site.name: self._pooled(self._view(site, captures, weights, known.get(site.name)), solver)
             for site in targets
             if not has_blocks(site) or (parts and not site.gates)
         }
 
-    def _alone(self, site: Site, captures: Sequence[Capture], weights: Sequence[float]) -> Directions:
-        """One site's directions from these tensors and no others."""
-        rank = self.rank[site.name]
-        if has_blocks(site):
-            signed = site.name in self.signed
-            return block_directions(
-                self.model, self.sites, site, captures, weights, rank, bias=self.bias, signed=signed
-            )
-        mapping = self._map(site, captures, weights)
-        (found,) = solve([mapping], min(rank, *mapping.shape), names=[site.name])
-        return self._pairs(site, captures, weights, found, solve) if site.name in self.signed else found
+    def _view(
+        self, site: Site, captures: Sequence[Capture], weights: Sequence[float], known: LinearMap | None = None
+    ) -> SiteView:
+        return SiteView(self.model, self.sites, site, captures, weights, self.bias, self.rank[site.name], known)
 
-    def _pairs(
-        self,
-        site: Site,
-        captures: Sequence[Capture],
-        weights: Sequence[float],
-        plain: Directions,
-        solver: Callable[..., list[Directions]],
-    ) -> Directions:
-        return signed_pairs(self.model, self.sites, site, captures, weights, plain, bias=self.bias, solver=solver)
+    def _alone(self, view: SiteView) -> Directions:
+        """One site's directions from these tensors and no others."""
+        name = view.site.name
+        if has_blocks(view.site):
+            return block_directions(view, view.rank, signed=name in self.signed)
+        mapping = view.growth
+        (found,) = solve([mapping], min(view.rank, *mapping.shape), names=[name])
+        return signed_pairs(view, found) if name in self.signed else found
 
     def _normed_together(self, site: Site) -> bool:
         """Whether a batch norm on the site takes its statistics over all ranks."""
         norms = [find_module(self.model, norm.module) for norm in site.norms]
         synced = any(isinstance(norm, nn.SyncBatchNorm) and norm.training for norm in norms)
         return self.replicas is not None and synced
-
-    def _map(self, site: Site, captures: Sequence[Capture], weights: Sequence[float]) -> LinearMap:
-        return growth_map(self.model, self.sites, site, captures, weights, bias=self.bias)
 
     def _gathered(self, *targets: Site, weights: bool = False) -> AbstractContextManager[None]:
         """What sites of a sharded model are solved from; weights: those of their producers and consumers too."""
@@ -126,29 +107,15 @@ class SiteSolving:
         own = {slot.tensor for site in targets for slot in site.slots} if weights else set()
         return gathered(self.model, names | own)
 
-    def _view(
-        self,
-        solver: Solver,
-        site: Site,
-        growth: LinearMap | None,
-        captures: Sequence[Capture],
-        weights: Sequence[float],
-    ) -> Directions:
-        known = growth if self.replicas is None else None
-        rank = self.rank[site.name]
-        return solver(SiteView(self.model, self.sites, site, captures, weights, rank, self.bias, known))
-
-    def _pooled(
-        self,
-        site: Site,
-        captures: Sequence[Capture],
-        weights: Sequence[float],
-        function: Callable[[Sequence[Capture], Sequence[float]], Directions],
-    ) -> Directions:
+    def _pooled(self, view: SiteView, solver: Solver) -> Directions:
         """A solver that wants the tensors themselves: under DDP rank 0 gets those of all ranks."""
         if self.replicas is None:
-            return function(captures, weights)
-        layers = frozenset(site.layers)
-        own = [capture.of(layers) for capture in captures]
-        with self._gathered(site, weights=True):
-            return self.replicas.on_first(own, weights, function, joined=self._normed_together(site))
+            return solver(view)
+        layers = frozenset(view.site.layers)
+        own = [capture.of(layers) for capture in view.captures]
+
+        def first(captures: Sequence[Capture], weights: Sequence[float]) -> Directions:
+            return solver(replace(view, captures=captures, weights=weights))
+
+        with self._gathered(view.site, weights=True):
+            return self.replicas.on_first(own, view.weights, first, joined=self._normed_together(view.site))

@@ -1,49 +1,31 @@
-"""What a forward and backward pass left of one site: all that a solver of its growth may read."""
+"""What a growth method that solves sites in its own way is given of one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
-from torch import nn
-
 from .growth_map import growth_map
 from .operators import LinearMap
-from .replay import Capture
-from .sites import Site, Sites
+from .site_data import SiteData
 from .solve import Directions
 
 __all__ = ["SiteView", "Solver", "for_parts"]
 
 
 @dataclass(frozen=True)
-class SiteView:
-    """captures: one for each batch, with its weight in M = sum_b weight_b M_b.
+class SiteView(SiteData):
+    """rank: directions wanted. known: M, where it is at hand. The rest as in `SiteData`."""
 
-    rank: directions wanted. bias: whether the producers' biases are a column of M. known: M, where it is at hand.
-    """
-
-    model: nn.Module
-    sites: Sites
-    site: Site
-    captures: Sequence[Capture]
-    weights: Sequence[float]
-    rank: int
-    bias: bool = False
+    rank: int = 1
     known: LinearMap | None = None
 
     @cached_property
     def growth(self) -> LinearMap:
         """M."""
-        if self.known is not None:
-            return self.known
-        return growth_map(self.model, self.sites, self.site, self.captures, self.weights, bias=self.bias)
-
-    @property
-    def samples(self) -> int:
-        return sum(capture.samples for capture in self.captures)
+        return growth_map(self) if self.known is None else self.known
 
 
 Solver = Callable[[SiteView], Directions]

@@ -12,6 +12,7 @@ import fastgrow as fg
 from fastgrow.growth_map import growth_map
 from fastgrow.operators import ConvFlattenLinearPair, ConvPair, LinearPair
 from fastgrow.replay import Capture, Replay, ReplayMap
+from fastgrow.site_data import SiteData
 
 
 def capture_of(model: nn.Module, sites: fg.Sites, x: torch.Tensor, y: torch.Tensor) -> Capture:
@@ -53,7 +54,7 @@ def test_pairs_equal_the_replay(build: object, name: str, kind: type, bias: bool
     x, y = image_batch()
     sites = fg.find_sites(model, x)
     capture = capture_of(model, sites, x, y)
-    fast = growth_map(model, sites, sites[name], [capture], [0.7], bias=bias)
+    fast = growth_map(SiteData(model, sites, sites[name], [capture], [0.7], bias))
     assert type(fast) is kind
     slow = ReplayMap(Replay(model, sites, sites[name], capture), 0.7, bias=bias)
     truth = slow.dense()

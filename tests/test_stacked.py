@@ -19,6 +19,7 @@ import fastgrow as fg
 from fastgrow.growth_map import growth_map
 from fastgrow.operators import StackedPair
 from fastgrow.replay import Replay, ReplayMap
+from fastgrow.site_data import SiteData
 
 MEMBERS, BATCH, INS, HIDDEN, OUTS = 3, 9, 4, 5, 6
 
@@ -186,7 +187,7 @@ def test_the_growth_matrix_is_what_a_new_unit_feels(name: str, site: str) -> Non
     watching._solve = lambda batches: kept.extend(b.capture for b in batches)  # type: ignore[method-assign]
     with watching:
         loss(model(x)).backward()
-    found = growth_map(model, sites, sites[site], kept, [1.0])
+    found = growth_map(SiteData(model, sites, sites[site], kept, [1.0]))
     size = 1e-6
     columns = []
     for number in range(found.shape[1]):
@@ -241,10 +242,10 @@ def test_plain_stacks_need_no_replay(style: str, bias: bool) -> None:
     sites = fg.find_sites(model, x)
     labels = torch.arange(MEMBERS * BATCH).reshape(MEMBERS, BATCH) % OUTS
     capture = capture_of(nn.Sequential(*model, nn.Flatten(0, 1)), sites, x, labels.flatten())
-    fast = growth_map(model, sites, sites[0], [capture, capture], [0.7, 0.2], bias=bias)
+    fast = growth_map(SiteData(model, sites, sites[0], [capture, capture], [0.7, 0.2], bias))
     parts = [ReplayMap(Replay(model, sites, sites[0], capture), weight, bias=bias) for weight in (0.7, 0.2)]
     truth = parts[0].dense() + parts[1].dense()
-    assert type(growth_map(model, sites, sites[0], [capture], [1.0])) is StackedPair
+    assert type(growth_map(SiteData(model, sites, sites[0], [capture], [1.0]))) is StackedPair
     assert truth.abs().max() > 0
     for found in (fast.dense(), fast.rmatmat(torch.eye(fast.shape[0], dtype=torch.float64)).mT):
         assert_close(found, truth, torch.float64, BATCH)
