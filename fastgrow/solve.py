@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .cores import fixed_signs, svd_of_cores, to_host
 from .errors import GrowthError
-from .foresight import foreseen, foreseen_cost
+from .foresight import blocks_left, foreseen, foreseen_cost
 from .operators import DenseMap, LinearMap, full_precision, scale_by_power
 from .reduction import HOST_CORE, HOST_EIGH, SMALL_SIDE, Reduced, formed, reduced, reduction_cost, start_block
 
@@ -26,7 +26,7 @@ __all__ = ["Directions", "Method", "solve", "top_directions"]
 
 Method = Literal["auto", "svd", "gram", "subspace"]
 
-_SPARE = 8  # columns beyond k: the k-th direction converges by the gap to the (k+8)-th value
+_SPARE = 8  # columns beyond k, or a quarter of k: the k-th direction converges by the gap to the value behind them
 _SAFE_PIVOT = 1e-3  # CholeskyQR loses (1/pivot)^2 ulps; below this Householder takes over
 _TYPICAL_ROUNDS = 3  # of block Krylov on gradients of networks, for choosing a route before it runs
 _ROUND = 1e8  # what the host does in a round, of whatever size, in flops of a product on a CPU
@@ -131,12 +131,13 @@ class _Problem:
         self.k = min(self.k, self.side)
         # Columns of a Krylov block. Where products come in granules, the rest of one is the spare.
         granule = self.map.granule
-        wanted = self.k + _SPARE if granule == 1 else -(-self.k // granule) * granule
+        wanted = self.k + max(_SPARE, self.k // 4) if granule == 1 else -(-self.k // granule) * granule
         self.width = min(wanted, self.side)
+        self.kept = min(self.k + _SPARE, self.side)  # eigenvectors of a core that is solved whole
 
     def reduce(self, method: str) -> None:
         """To a core, with no iteration."""
-        self.map, self.reduced = reduced(self.map, self.k, self.width, method)
+        self.map, self.reduced = reduced(self.map, self.k, self.kept, method)
 
     def round_cost(self, basis: int) -> float:
         """Flops of a Krylov round that ends with this many basis columns."""
@@ -147,7 +148,7 @@ class _Problem:
 
     def exact_cost(self) -> float:
         """Flops of `reduce` with "auto"."""
-        return reduction_cost(self.map, self.width)
+        return reduction_cost(self.map, self.kept)
 
 
 def _as_map(matrix: LinearMap | Tensor, label: str) -> LinearMap:
@@ -334,24 +335,31 @@ class _Krylov:
         total = float(values.flip(0)[:k].clamp(min=0).sum())
         vectors = vectors.flip(1)[:, :k]
         # What lies outside the basis adds no more than its norm to the best k directions (Ky Fan): a bound.
-        bound = math.sqrt(total / (total + self._outside() / 4.0**self.shift)) if total > 0 else 0.0
-        estimate = 1.0 if exhausted or total == 0 else self._estimate(total, vectors, gram)
-        if exhausted or max(estimate, bound) >= self.tol:
+        captured = 1.0 if exhausted or total == 0 else math.sqrt(total / (total + self._left()))
+        estimate = captured if captured >= self.tol else self._estimate(total, vectors, gram)
+        if max(captured, estimate) >= self.tol:
             self.certified, self.vectors = True, vectors
-            self.captured = max(estimate, bound)
-        elif products >= self.next_check:
+            self.captured = max(captured, estimate)
+        elif estimate > 0 and products >= self.next_check:
             self._plan_ahead(products, 1 - estimate**2)
 
+    def _left(self) -> float:
+        """`_outside`, in the units of T."""
+        return self._outside() / 4.0**self.shift
+
     def _estimate(self, total: float, vectors: Tensor, gram: Tensor | None) -> float:
-        """The larger of two estimates, both low on every spectrum tried; never before two rounds."""
+        """The larger of two estimates, both low on every spectrum tried; 0 before two rounds, or if none is cheap."""
         if self.rounds < 2:
             return 0.0
         estimate, width, basis = 0.0, self.width, self.ritz.shape[0]
         if gram is not None:
             last = vectors[-width:]
             estimate = math.sqrt(total / (total + float(((gram @ last) * last).sum(0).clamp(min=0).sqrt().sum())))
-        if gram is None or self._look_is_cheap(basis):
-            reach = float(foreseen(self.ritz, width, self.problem.k, self.problem.side - basis, gram))
+        blocks = blocks_left(self.ritz, width, self._left())
+        # What it may spare: the product that only certifies, or where that is made already, the next round.
+        spared = width * self.map.column_flops if gram is None else self.problem.round_cost(basis + width)
+        if estimate < self.tol and 2 * foreseen_cost(basis, width, blocks) < spared:
+            reach = float(foreseen(self.ritz, width, self.problem.k, self.problem.side - basis, gram, blocks))
             estimate = max(estimate, math.sqrt(total / max(total, reach)))
         return estimate
 
