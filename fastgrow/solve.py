@@ -20,7 +20,17 @@ from .cores import fixed_signs, svd_of_cores, to_host
 from .errors import GrowthError
 from .foresight import blocks_left, foreseen, foreseen_cost
 from .operators import DenseMap, LinearMap, full_precision, scale_by_power
-from .reduction import HOST_CORE, HOST_EIGH, SMALL_SIDE, Reduced, formed, reduced, reduction_cost, start_block
+from .reduction import (
+    HOST_CORE,
+    HOST_EIGH,
+    SMALL_SIDE,
+    Reduced,
+    formed,
+    orthonormalised,
+    reduced,
+    reduction_cost,
+    start_block,
+)
 
 __all__ = ["Directions", "Method", "solve", "top_directions"]
 
@@ -384,7 +394,7 @@ class _Krylov:
 
     def reduce(self) -> Reduced:
         vectors = self.vectors.to(self.map.device, self.map.dtype)
-        right, core = torch.linalg.qr(self.images @ vectors)
+        right, core = orthonormalised(self.images @ vectors)
         return Reduced(self.basis @ vectors, core.mT, right, self.captured, self.shift)
 
 
