@@ -235,6 +235,7 @@ class _Krylov:
         self.basis = torch.empty(self.map.shape[0], 0, dtype=self.map.dtype, device=self.map.device)
         self.images = torch.empty(self.map.shape[1], 0, dtype=self.map.dtype, device=self.map.device)
         self.ritz = torch.zeros(0, 0, dtype=torch.float64)  # T
+        self.spectrum: tuple[Tensor, Tensor] | None = None  # its eigenvalues and vectors, once a look has asked
         self.block = self._matmat(start_block(self.map.shape[1], self.width, self.map))  # (m, r)
         self.total = 0.0  # of the squares of the values found
         self.vectors = self.left = self.image = torch.empty(0)
@@ -300,7 +301,7 @@ class _Krylov:
         grown[: self.ritz.shape[0], : self.ritz.shape[0]] = self.ritz
         grown[:, -self.width :] = ritz
         grown[-self.width :, :] = ritz.mT
-        self.ritz = grown
+        self.ritz, self.spectrum = grown, None
         if self.rounds == 1 and self._rescale():
             return
         if self._bounded() or (self._look_is_cheap(basis) and 2 * self.rounds >= self.next_check):
@@ -351,7 +352,9 @@ class _Krylov:
     def _check(self, products: int, gram: Tensor | None = None, exhausted: bool = False) -> None:
         """Estimate what is captured; gram: of the residual, where it is known already."""
         k = self.problem.k
-        values, vectors = torch.linalg.eigh(self.ritz)
+        if self.spectrum is None:
+            self.spectrum = torch.linalg.eigh(self.ritz)
+        values, vectors = self.spectrum
         total = float(values.flip(0)[:k].clamp(min=0).sum())
         vectors = vectors.flip(1)[:, :k]
         # What lies outside the basis adds no more than its norm to the best k directions (Ky Fan): a bound.
