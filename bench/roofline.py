@@ -89,29 +89,39 @@ def _training(layers: Iterable[tuple[nn.Module, Tensor, Tensor]]) -> Work:
     return total
 
 
-def _solving(layers: dict[str, tuple[nn.Module, Tensor, Tensor]], pair: Pair, share: float) -> Work:
-    """`ROUNDS` rounds of M X and M^T Y on a site's two tensors, blocks of share x width + `SPARE` columns."""
+def _solving(layers: dict[str, tuple[nn.Module, Tensor, Tensor]], pair: Pair, share: float) -> tuple[Work, Work]:
+    """What a site's solve multiplies in tf32, and in float32.
+
+    `ROUNDS` rounds of M X and M^T Y on its two tensors, blocks of share x width + `SPARE` columns; then M^T Y for the
+    columns that are kept.
+    """
+    width = layers[pair.producer][0].weight.shape[0]  # type: ignore[union-attr]
+    kept = max(1, round(width * share))
+    return _product(layers, pair, kept + SPARE) * (2 * ROUNDS), _product(layers, pair, kept)
+
+
+def _product(layers: dict[str, tuple[nn.Module, Tensor, Tensor]], pair: Pair, columns: int) -> Work:
+    """M X or M^T Y with so many columns."""
     producer, h, hidden = layers[pair.producer]
     consumer, _, dz = layers[pair.consumer]
     width = producer.weight.shape[0]  # type: ignore[union-attr]
-    columns = max(1, round(width * share)) + SPARE
     project = _forward(producer, h, hidden, columns)
     thin = hidden.numel() / width * columns
     taps = consumer.weight[0, 0].numel()  # type: ignore[union-attr]
     correlate = Work(2.0 * dz.numel() * taps * columns, 4.0 * (dz.numel() + thin))
-    return (project + correlate) * (2 * ROUNDS)
+    return project + correlate
 
 
 def _growth_over_step(share: float) -> Iterator[float]:
     for case in gpu_cases(_META):
         layers = _layers(case)
         step = _training(layers.values()).seconds(H200.tf32, H200)
-        solving = Work()
+        solving = 0.0
         for pair in case.pairs:
             if pair.pool == 1 and not pair.averaged:
-                solving += _solving(layers, pair, share)
-        # The solver's products are float32 (no tf32 behind the caller's back); PyTorch trains convolutions in tf32.
-        yield solving.seconds(H200.fp32, H200) / step
+                rounds, last = _solving(layers, pair, share)
+                solving += rounds.seconds(H200.tf32, H200) + last.seconds(H200.fp32, H200)
+        yield solving / step
 
 
 def _nagn() -> Iterator[float]:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .errors import GrowthError
-from .operators import LARGEST_EXPONENT, LinearMap, full_precision
+from .operators import LARGEST_EXPONENT, LinearMap, products_in
 from .replay import Capture
 from .sharded import group_of
 from .solve import Directions, solve
@@ -175,23 +175,24 @@ class Replicas:
                 found = _moved(function(*zip(*pooled, strict=True)), "cpu")
         return _moved(self.first(found), self.device)
 
-    def command(self, kind: int, index: int, columns: int) -> tuple[int, int, int]:
-        """Rank 0 says what is wanted next: a kind of product, of which map, with how many columns."""
-        said = torch.tensor([kind, index, columns], device=self.device)
+    def command(self, kind: int, index: int, columns: int, rounded: bool = False) -> tuple[int, int, int, bool]:
+        """Rank 0 says what is wanted next: a kind of product, of which map, with how many columns, how exact."""
+        said = torch.tensor([kind, index, columns, rounded], device=self.device)
         dist.broadcast(said, self._first, group=self.group)
-        kind, index, columns = said.tolist()
-        return kind, index, columns
+        kind, index, columns, rounded = said.tolist()
+        return kind, index, columns, bool(rounded)
 
     def _serve(self, maps: Sequence[DistributedMap]) -> Exception | None:
         """Multiply as rank 0 asks, until it stops; an error is kept, for it waits for every product."""
         error: Exception | None = None
-        with full_precision(self.device):
+        with products_in("float32", self.device):
             while True:
-                kind, index, columns = self.command(_STOP, 0, 0)
+                kind, index, columns, rounded = self.command(_STOP, 0, 0)
                 if kind == _STOP:
                     return error
                 try:
-                    maps[index].part(kind, maps[index].argument(kind, columns))
+                    with maps[index].rounded() if rounded else contextlib.nullcontext():
+                        maps[index].part(kind, maps[index].argument(kind, columns))
                 except GrowthError as caught:
                     error = error or caught
 
@@ -323,6 +324,21 @@ class DistributedMap(LinearMap):
         limit = LARGEST_EXPONENT[local.dtype]
         self._share = torch.exp2((local.exponent - exponent).clamp(min=-limit)).to(local.dtype)
         self.column_flops, self.dense_flops = local.column_flops, local.dense_flops
+        self._rounded = False
+
+    @property
+    def may_round(self) -> bool:
+        return self.local.may_round
+
+    @contextlib.contextmanager
+    def rounded(self) -> Iterator[None]:
+        """On the other ranks too."""
+        self._rounded = True
+        try:
+            with self.local.rounded():
+                yield
+        finally:
+            self._rounded = False
 
     @classmethod
     def over(cls, replicas: Replicas, maps: Sequence[LinearMap]) -> list[DistributedMap]:
@@ -363,7 +379,7 @@ class DistributedMap(LinearMap):
         return total
 
     def _asked(self, kind: int, argument: Tensor) -> Tensor:
-        self.replicas.command(kind, self.index, argument.shape[1])
+        self.replicas.command(kind, self.index, argument.shape[1], self._rounded)
         return self.part(kind, argument)
 
     def unit_matmat(self, columns: Tensor) -> Tensor:

@@ -9,25 +9,34 @@ estimate of what is captured comes out low. It is an estimate, tested against th
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-__all__ = ["foreseen", "foreseen_cost"]
+__all__ = ["blocks_left", "foreseen", "foreseen_cost"]
 
 _BLOCKS = 3  # that the matrix is continued by: with two the estimate was once too kind, by 5e-6; six say the same later
 
 
-def foreseen_cost(basis: int, width: int) -> float:
+def foreseen_cost(basis: int, width: int, blocks: int = _BLOCKS) -> float:
     """Flops of `foreseen`, in units of those of a product."""
-    return 11.0 * (basis + _BLOCKS * width) ** 3
+    return 11.0 * (basis + blocks * width) ** 3
 
 
-def foreseen(ritz: Tensor, width: int, k: int, room: int, gram: Tensor | None = None) -> Tensor:
+def blocks_left(ritz: Tensor, width: int, outside: float) -> int:
+    """Blocks like the last one that ``outside``, the trace of ``A`` beyond the basis, has room for; at least one."""
+    last = float(ritz[-width:, -width:].diagonal().sum())
+    return max(1, math.ceil(outside / last)) if outside < _BLOCKS * last else _BLOCKS
+
+
+def foreseen(ritz: Tensor, width: int, k: int, room: int, gram: Tensor | None = None, blocks: int = _BLOCKS) -> Tensor:
     """The sum of the k leading values of ``A`` that a longer basis is expected to reach; (...), batched alike.
 
     ritz: T = Q^T A Q, (..., s, s) float64, of a basis of blocks of ``width`` columns, at least two of them where
     gram is not given; room: columns that the space has left; gram: N^T N, (..., width, width), of the residual
-    ``N = (I - Q Q^T) A Q_last`` where it is known already: the next coupling, in place of the last one again.
+    ``N = (I - Q Q^T) A Q_last`` where it is known already: the next coupling, in place of the last one again;
+    blocks: to continue by, fewer than three where the trace that is left has no room for so many (`blocks_left`).
     """
     size = ritz.shape[-1]
     last = ritz[..., -width:, -width:]
@@ -41,7 +50,7 @@ def foreseen(ritz: Tensor, width: int, k: int, room: int, gram: Tensor | None = 
     else:
         values, vectors = torch.linalg.eigh(gram)
         coupling = front = (vectors * values.clamp(min=0).sqrt()[..., None, :]) @ vectors.mT
-    longer = size + min(_BLOCKS, -(-room // width)) * width
+    longer = size + min(blocks, -(-room // width)) * width
     continued = ritz.new_zeros(*ritz.shape[:-2], longer, longer)
     continued[..., :size, :size] = ritz
     for start in range(size, longer, width):

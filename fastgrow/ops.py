@@ -16,7 +16,7 @@ from torch import Tensor
 from .errors import GrowthError
 from .kernels import aten, conv_growth_aten, linear_growth
 from .kernels.geometry import ConvGeometry, Plan
-from .kernels.launch import full_precision, triton_missing
+from .kernels.launch import products_in, triton_missing
 from .solve import Directions, top_directions
 
 __all__ = [
@@ -275,7 +275,7 @@ def conv2d_growth_matrix(
         result = torch.empty(plan.shape, dtype=wide, device=dz.device) if out is None else out.detach()
         launch(dz, h, producer, consumer, result, out is not None, precision)
         return result if out is None else out
-    with full_precision(dz, precision):
+    with products_in(precision, dz.device):
         matrix = conv_growth_aten.growth_matrix(dz.to(wide), h.to(wide), plan)
     if out is None:
         return matrix

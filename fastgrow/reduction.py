@@ -10,11 +10,23 @@ from torch import Tensor
 
 from .operators import DenseMap, LinearMap
 
-__all__ = ["HOST_CORE", "HOST_EIGH", "SMALL_SIDE", "Reduced", "formed", "reduced", "reduction_cost", "start_block"]
+__all__ = [
+    "HOST_CORE",
+    "HOST_EIGH",
+    "SMALL_SIDE",
+    "Reduced",
+    "formed",
+    "orthonormalised",
+    "reduced",
+    "reduction_cost",
+    "start_block",
+]
 
 HOST_CORE = 256  # cores up to this are decomposed in float64 on the host
 SMALL_SIDE = 64  # those up to this wholly, whatever is wanted of them
 _GRAM_ERROR = 1e-2  # of |U|^2, the bound of what rounding may take; what it takes is less than a thousandth of it
+_STRIPS = 4  # that a symmetric product is made in on a CPU: 5/8 of its flops; more would be too thin
+_SAFE_PIVOT = 0.5  # Cholesky factors with smaller ones make columns less orthonormal than reflections do
 # Cost of an n x n decomposition in units of n^3 flops of a product on the same device: eigh, svd.
 # Measured on a CPU; the other line counts what sequential panels cost a device made for products.
 _DECOMPOSITION = {"cpu": (30.0, 60.0)}
@@ -120,7 +132,7 @@ def _by_gram_of_factors(left: Tensor, right: Tensor, width: int) -> Reduced:
     turned it by is second order in what it captures. Its image, orthonormalised, is the right one. Where U is so much
     smaller than |L| |R| that the Gram matrices' rounding could count, the factors are orthonormalised first.
     """
-    grams = left.mT @ left, right.mT @ right
+    grams = _symmetric(left.mT, left), _symmetric(right.mT, right)
     rounding = 2 * torch.finfo(left.dtype).eps * float(grams[0].norm() * grams[1].norm())
     if 2 * width**0.5 * rounding > _GRAM_ERROR * float((grams[0] * grams[1]).sum()):  # |U|^2
         return _by_gram_of_triangles(left, right, width)
@@ -128,10 +140,10 @@ def _by_gram_of_factors(left: Tensor, right: Tensor, width: int) -> Reduced:
     if info.item():  # dependent samples: C from the eigenvectors, which always are
         values, vectors = torch.linalg.eigh(grams[1])
         factor = vectors * values.clamp(min=0).sqrt()
-    inner = factor.mT @ grams[0] @ factor
-    chosen = torch.linalg.eigh((inner + inner.mT) / 2).eigenvectors[:, -width:]
-    basis = torch.linalg.qr(left @ (factor @ chosen)).Q  # (m, width)
-    image, core = torch.linalg.qr(right @ (left.mT @ basis))
+    inner = _symmetric(factor.mT, grams[0] @ factor)
+    chosen = torch.linalg.eigh(inner).eigenvectors[:, -width:]
+    basis = orthonormalised(left @ (factor @ chosen))[0]  # (m, width)
+    image, core = orthonormalised(right @ (left.mT @ basis))
     return Reduced(basis, core.mT, image)
 
 
@@ -141,20 +153,48 @@ def _by_gram_of_triangles(left: Tensor, right: Tensor, width: int) -> Reduced:
     rank = left.shape[1]
     r_left = packed[:rank].triu()
     core = r_left @ torch.geqrf(right)[0][:rank].triu().mT
-    chosen = torch.linalg.eigh(core @ core.mT).eigenvectors[:, -width:]  # W, (p, r)
-    image, core = torch.linalg.qr(right @ (r_left.mT @ chosen))  # U^T Q W
+    chosen = torch.linalg.eigh(_symmetric(core, core.mT)).eigenvectors[:, -width:]  # W, (p, r)
+    image, core = orthonormalised(right @ (r_left.mT @ chosen))  # U^T Q W
     tall = torch.cat([chosen, chosen.new_zeros(left.shape[0] - rank, width)])
     return Reduced(torch.ormqr(packed, scales, tall), core.mT, image)
 
 
 def _by_gram(matrix: Tensor, width: int) -> Reduced:
     if matrix.shape[0] <= matrix.shape[1]:
-        left = torch.linalg.eigh(matrix @ matrix.mT).eigenvectors[:, -width:]
+        left = torch.linalg.eigh(_symmetric(matrix, matrix.mT)).eigenvectors[:, -width:]
     else:
-        vectors = torch.linalg.eigh(matrix.mT @ matrix).eigenvectors[:, -width:]
-        left = torch.linalg.qr(matrix @ vectors).Q
-    right, core = torch.linalg.qr(matrix.mT @ left)
+        vectors = torch.linalg.eigh(_symmetric(matrix.mT, matrix)).eigenvectors[:, -width:]
+        left = orthonormalised(matrix @ vectors)[0]
+    right, core = orthonormalised(matrix.mT @ left)
     return Reduced(left, core.mT, right)
+
+
+def _symmetric(rows: Tensor, columns: Tensor) -> Tensor:
+    """``rows columns``, known to be symmetric: (p, q), (q, p) -> (p, p)."""
+    size = rows.shape[0]
+    if rows.device.type != "cpu" or size < HOST_CORE:
+        return rows @ columns
+    step = -(-size // _STRIPS)
+    result = rows.new_empty(size, size)
+    for start in range(0, size, step):
+        end = min(start + step, size)
+        strip = rows[start:end] @ columns[:, start:]
+        result[start:end, start:] = strip
+        result[end:, start:end] = strip[:, end - start :].mT
+    return result
+
+
+def orthonormalised(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Q, R of columns (m, r) that are nearly orthogonal already, as images of singular vectors are: one small
+    Cholesky factor in place of r reflections, which still make what is not so."""
+    norms = torch.linalg.vector_norm(columns, dim=0)
+    unit = columns / norms
+    factor, info = torch.linalg.cholesky_ex(unit.mT @ unit)
+    if info.item() or not float(factor.diagonal().min()) > _SAFE_PIVOT:
+        return torch.linalg.qr(columns)
+    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+    return unit @ inverse.mT, factor.mT * norms
 
 
 def start_block(rows: int, columns: int, like: LinearMap) -> Tensor:

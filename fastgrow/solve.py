@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -18,19 +18,31 @@ from torch import Tensor
 
 from .cores import fixed_signs, svd_of_cores, to_host
 from .errors import GrowthError
-from .foresight import foreseen, foreseen_cost
-from .operators import DenseMap, LinearMap, full_precision, scale_by_power
-from .reduction import HOST_CORE, HOST_EIGH, SMALL_SIDE, Reduced, formed, reduced, reduction_cost, start_block
+from .foresight import blocks_left, foreseen, foreseen_cost
+from .operators import DenseMap, LinearMap, products_in, scale_by_power
+from .reduction import (
+    HOST_CORE,
+    HOST_EIGH,
+    SMALL_SIDE,
+    Reduced,
+    formed,
+    orthonormalised,
+    reduced,
+    reduction_cost,
+    start_block,
+)
 
 __all__ = ["Directions", "Method", "solve", "top_directions"]
 
 Method = Literal["auto", "svd", "gram", "subspace"]
 
-_SPARE = 8  # columns beyond k: the k-th direction converges by the gap to the (k+8)-th value
+_SPARE = 8  # columns beyond k, or a quarter of k: the k-th direction converges by the gap to the value behind them
 _SAFE_PIVOT = 1e-3  # CholeskyQR loses (1/pivot)^2 ulps; below this Householder takes over
 _TYPICAL_ROUNDS = 3  # of block Krylov on gradients of networks, for choosing a route before it runs
 _ROUND = 1e8  # what the host does in a round, of whatever size, in flops of a product on a CPU
 _NORM_ERROR = 1e-5  # relative error allowed to a squared Frobenius norm summed in float32
+_ROUNDED_ERROR = 2.0**-11  # to the same of rounded images: what tf32 takes from one operand
+_ROUNDED_SHARE = 0.75  # of what tol leaves uncaptured, for rounds in tf32; the rest is for what rounding hides
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +78,8 @@ def top_directions(
     method: "svd" (exact), "gram" (eigenvectors of the smaller Gram matrix; values are recomputed as
     ``||M^T u_i||``), "subspace" (block Krylov until the captured norm is estimated >= tol, exact where
     that does not come before the basis fills the space), "auto" (by cost).
-    A matrix's result depends on nothing but the matrix, k, method and tol, bit for bit.
+    A matrix's result depends on nothing but the matrix, k, method and tol, bit for bit. On GPUs that have tf32,
+    "subspace" finds its space with it, and all that is returned in float32 (`fastgrow.operators.base.TF32_ROUNDS`).
 
     Raises GrowthError for a non-finite or empty matrix (by its name or index) and for k < 1.
     """
@@ -98,22 +111,26 @@ def solve(
     problems = [_Problem(_as_map(m, label), rank, label) for m, rank, label in zip(maps, ranks, labels, strict=True)]
     with ExitStack() as stack, torch.no_grad():
         for device in {p.map.device for p in problems}:
-            stack.enter_context(full_precision(device))
+            stack.enter_context(products_in("float32", device))
         _check_finite(problems)
-        runs: list[_Krylov] = []
+        iterated: list[_Problem] = []
         for problem in problems:
             route = _route(problem) if method == "auto" else method
             if route == "subspace" and 3 * problem.width <= problem.side:
-                runs.append(_Krylov(problem, tol, unlimited=method == "subspace"))
+                iterated.append(problem)
             else:
                 problem.reduce(route)
+        unlimited = method == "subspace"
+        runs = [_Krylov(problem, tol, unlimited, problem.map.may_round) for problem in iterated]
         _iterate(runs)
-        for run in runs:
-            problem = run.problem
+        refused = [run.problem for run in runs if run.refused]
+        again = [_Krylov(problem, tol, unlimited, rounded=False) for problem in refused]
+        _iterate(again)
+        for run in (*runs, *again):
             if run.certified:
-                problem.reduced = run.reduce()
-            else:
-                problem.reduce("auto")
+                run.problem.reduced = run.reduce()
+            elif run.given_up:
+                run.problem.reduce("auto")
         return _finish(problems)
 
 
@@ -131,12 +148,13 @@ class _Problem:
         self.k = min(self.k, self.side)
         # Columns of a Krylov block. Where products come in granules, the rest of one is the spare.
         granule = self.map.granule
-        wanted = self.k + _SPARE if granule == 1 else -(-self.k // granule) * granule
+        wanted = self.k + max(_SPARE, self.k // 4) if granule == 1 else -(-self.k // granule) * granule
         self.width = min(wanted, self.side)
+        self.kept = min(self.k + _SPARE, self.side)  # eigenvectors of a core that is solved whole
 
     def reduce(self, method: str) -> None:
         """To a core, with no iteration."""
-        self.map, self.reduced = reduced(self.map, self.k, self.width, method)
+        self.map, self.reduced = reduced(self.map, self.k, self.kept, method)
 
     def round_cost(self, basis: int) -> float:
         """Flops of a Krylov round that ends with this many basis columns."""
@@ -147,7 +165,7 @@ class _Problem:
 
     def exact_cost(self) -> float:
         """Flops of `reduce` with "auto"."""
-        return reduction_cost(self.map, self.width)
+        return reduction_cost(self.map, self.kept)
 
 
 def _as_map(matrix: LinearMap | Tensor, label: str) -> LinearMap:
@@ -205,18 +223,22 @@ class _Krylov:
     certificate is what later rounds are foreseen to reach (`foresight`), with N or before it is made.
     """
 
-    def __init__(self, problem: _Problem, tol: float, unlimited: bool) -> None:
-        self.problem, self.map, self.tol, self.unlimited = problem, problem.map, tol, unlimited
+    def __init__(self, problem: _Problem, tol: float, unlimited: bool, rounded: bool) -> None:
+        self.problem, self.map, self.asked, self.unlimited = problem, problem.map, tol, unlimited
+        self.rounded = rounded
+        self.tol = 1 - (1 - tol) * _ROUNDED_SHARE if rounded else tol
         self.width, self.rounds = problem.width, 0
         self.next_check = 4  # by the number of products made: two a round, after the first of all
-        self.certified = self.given_up = False
+        self.certified = self.given_up = self.refused = False
         self.captured, self.shift = 0.0, 0
         self.history: list[tuple[int, float]] = []  # (products, 1 - estimate^2)
         self.basis = torch.empty(self.map.shape[0], 0, dtype=self.map.dtype, device=self.map.device)
         self.images = torch.empty(self.map.shape[1], 0, dtype=self.map.dtype, device=self.map.device)
         self.ritz = torch.zeros(0, 0, dtype=torch.float64)  # T
-        self.block = self.map.unit_matmat(start_block(self.map.shape[1], self.width, self.map))  # (m, r)
-        self.vectors = torch.empty(0)
+        self.spectrum: tuple[Tensor, Tensor] | None = None  # its eigenvalues and vectors, once a look has asked
+        self.block = self._matmat(start_block(self.map.shape[1], self.width, self.map))  # (m, r)
+        self.total = 0.0  # of the squares of the values found
+        self.vectors = self.left = self.image = torch.empty(0)
         square = self.map.unit_square()
         self.device_square = torch.full_like(self.map.exponent, math.inf) if square is None else square
         self.square = math.inf
@@ -233,7 +255,7 @@ class _Krylov:
     def multiply(self, gram: Tensor) -> Tensor:
         """Append the orthonormalised block to the basis; the new part of T."""
         fresh = self._orthonormal(gram)
-        image = self._scaled(self.map.unit_rmatmat(fresh))
+        image = self._scaled(self._rmatmat(fresh))
         self.basis = torch.cat([self.basis, fresh], dim=1)
         self.images = torch.cat([self.images, image], dim=1)
         self.rounds += 1
@@ -242,7 +264,7 @@ class _Krylov:
     def residual(self) -> Tensor:
         """The next block, ``(I - Q Q^T) M M^T Q_last``, and its Gram matrix."""
         if self.rounds:  # none yet: the block is that of a run that starts again
-            product = self.map.unit_matmat(self._scaled(self.images[:, -self.width :]))
+            product = self._matmat(self._scaled(self.images[:, -self.width :]))
             self.block = product - self.basis @ (self.basis.mT @ product)
         return self.gram()
 
@@ -279,7 +301,7 @@ class _Krylov:
         grown[: self.ritz.shape[0], : self.ritz.shape[0]] = self.ritz
         grown[:, -self.width :] = ritz
         grown[-self.width :, :] = ritz.mT
-        self.ritz = grown
+        self.ritz, self.spectrum = grown, None
         if self.rounds == 1 and self._rescale():
             return
         if self._bounded() or (self._look_is_cheap(basis) and 2 * self.rounds >= self.next_check):
@@ -314,7 +336,7 @@ class _Krylov:
     def _outside(self) -> float:
         """``||U - Q Q^T U||_F^2``, infinite where the norm of U is not known."""
         inside = float(self.ritz.diagonal().sum()) * 4.0**self.shift
-        return max(0.0, self.square - inside) + _NORM_ERROR * self.square
+        return max(0.0, self.square - inside) + (_ROUNDED_ERROR if self.rounded else _NORM_ERROR) * self.square
 
     def _rescale(self) -> bool:
         """Where entries cancel, U may be so small that float32 loses its square: start again, larger."""
@@ -324,34 +346,43 @@ class _Krylov:
             return False
         self.shift, self.rounds = power, 0
         self.basis, self.images, self.ritz = self.basis[:, :0], self.images[:, :0], self.ritz[:0, :0]
-        self.block = self._scaled(self.map.unit_matmat(start_block(self.map.shape[1], self.width, self.map)))
+        self.block = self._scaled(self._matmat(start_block(self.map.shape[1], self.width, self.map)))
         return True
 
     def _check(self, products: int, gram: Tensor | None = None, exhausted: bool = False) -> None:
         """Estimate what is captured; gram: of the residual, where it is known already."""
         k = self.problem.k
-        values, vectors = torch.linalg.eigh(self.ritz)
+        if self.spectrum is None:
+            self.spectrum = torch.linalg.eigh(self.ritz)
+        values, vectors = self.spectrum
         total = float(values.flip(0)[:k].clamp(min=0).sum())
         vectors = vectors.flip(1)[:, :k]
         # What lies outside the basis adds no more than its norm to the best k directions (Ky Fan): a bound.
-        bound = math.sqrt(total / (total + self._outside() / 4.0**self.shift)) if total > 0 else 0.0
-        estimate = 1.0 if exhausted or total == 0 else self._estimate(total, vectors, gram)
-        if exhausted or max(estimate, bound) >= self.tol:
-            self.certified, self.vectors = True, vectors
-            self.captured = max(estimate, bound)
-        elif products >= self.next_check:
+        captured = 1.0 if exhausted or total == 0 else math.sqrt(total / (total + self._left()))
+        estimate = captured if captured >= self.tol else self._estimate(total, vectors, gram)
+        if max(captured, estimate) >= self.tol:
+            self.certified, self.vectors, self.total = True, vectors, total
+            self.captured = max(captured, estimate)
+        elif estimate > 0 and products >= self.next_check:
             self._plan_ahead(products, 1 - estimate**2)
 
+    def _left(self) -> float:
+        """`_outside`, in the units of T."""
+        return self._outside() / 4.0**self.shift
+
     def _estimate(self, total: float, vectors: Tensor, gram: Tensor | None) -> float:
-        """The larger of two estimates, both low on every spectrum tried; never before two rounds."""
+        """The larger of two estimates, both low on every spectrum tried; 0 before two rounds, or if none is cheap."""
         if self.rounds < 2:
             return 0.0
         estimate, width, basis = 0.0, self.width, self.ritz.shape[0]
         if gram is not None:
             last = vectors[-width:]
             estimate = math.sqrt(total / (total + float(((gram @ last) * last).sum(0).clamp(min=0).sqrt().sum())))
-        if gram is None or self._look_is_cheap(basis):
-            reach = float(foreseen(self.ritz, width, self.problem.k, self.problem.side - basis, gram))
+        blocks = blocks_left(self.ritz, width, self._left())
+        # What it may spare: the product that only certifies, or where that is made already, the next round.
+        spared = width * self.map.column_flops if gram is None else self.problem.round_cost(basis + width)
+        if estimate < self.tol and 2 * foreseen_cost(basis, width, blocks) < spared:
+            reach = float(foreseen(self.ritz, width, self.problem.k, self.problem.side - basis, gram, blocks))
             estimate = max(estimate, math.sqrt(total / max(total, reach)))
         return estimate
 
@@ -374,10 +405,31 @@ class _Krylov:
         self.history.append((products, gap))
         self.next_check = products + ahead
 
-    def reduce(self) -> Reduced:
+    def _matmat(self, columns: Tensor) -> Tensor:
+        with self.map.rounded() if self.rounded else nullcontext():
+            return self.map.unit_matmat(columns)
+
+    def _rmatmat(self, columns: Tensor) -> Tensor:
+        with self.map.rounded() if self.rounded else nullcontext():
+            return self.map.unit_rmatmat(columns)
+
+    def finish(self) -> None:
+        """The left vectors Y and ``M^T Y``, which is made once more where products were rounded."""
         vectors = self.vectors.to(self.map.device, self.map.dtype)
-        right, core = torch.linalg.qr(self.images @ vectors)
-        return Reduced(self.basis @ vectors, core.mT, right, self.captured, self.shift)
+        self.left = self.basis @ vectors
+        self.image = self._scaled(self.map.unit_rmatmat(self.left)) if self.rounded else self.images @ vectors
+
+    def confirm(self, square: Tensor) -> None:
+        """Take back the certificate if ``||M^T Y||^2`` in float32 is less than rounded products promised."""
+        self._check_finite(square)
+        if square < self.total:
+            self.captured *= math.sqrt(float(square) / self.total)
+        self.certified = self.captured >= self.asked
+        self.refused = not self.certified
+
+    def reduce(self) -> Reduced:
+        right, core = orthonormalised(self.image)
+        return Reduced(self.left, core.mT, right, self.captured, self.shift)
 
 
 def _iterate(runs: list[_Krylov]) -> None:
@@ -396,6 +448,12 @@ def _iterate(runs: list[_Krylov]) -> None:
             run.judge(gram)
         grams = [gram for run, gram in zip(active, grams, strict=True) if run.active]
         active = [run for run in active if run.active]
+    certified = [run for run in runs if run.certified]
+    for run in certified:
+        run.finish()
+    rounded = [run for run in certified if run.rounded]
+    for run, square in zip(rounded, to_host([run.image.double().square().sum() for run in rounded]), strict=True):
+        run.confirm(square)
 
 
 def _finish(problems: list[_Problem]) -> list[Directions]:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 if not __name__.startswith("fastgrow."):
     raise ImportError("import fastgrow.kernels, not the source folder: the ops would be registered twice")
 
-__all__ = ["dense_flat", "device_of", "full_precision", "interpreting", "triton_missing"]
+__all__ = ["dense_flat", "device_of", "interpreting", "products_in", "triton_missing"]
 
 
 @lru_cache(maxsize=1)
@@ -51,18 +52,21 @@ def dense_flat(x: Tensor) -> Tensor | None:
 
 
 @contextmanager
-def full_precision(tensor: Tensor, precision: str) -> Iterator[None]:
-    """Library calls inside multiply float32 as `precision` says ("float32", "tf32"), whatever is set."""
-    if not tensor.is_cuda:
+def products_in(precision: str, device: torch.device) -> Iterator[None]:
+    """Library calls inside multiply float32 as `precision` says, whatever is set: "float32", or "tf32" on CUDA."""
+    if precision == "tf32" and device.type != "cuda":
         yield
         return
-    wanted = "tf32" if precision == "tf32" else "ieee"
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
-    before = [switch.fp32_precision for switch in switches]
+    products: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    convolutions: Any = torch.backends.cudnn if device.type == "cuda" else torch.backends.mkldnn
+    wanted = ("tf32",) if precision == "tf32" else ("ieee", "none")  # none is float32 too
+    changed = [(s, old) for s in (products.matmul, convolutions.conv) if (old := s.fp32_precision) not in wanted]
     try:
-        for switch in switches:
-            switch.fp32_precision = wanted
+        for switch, _ in changed:
+            switch.fp32_precision = wanted[0]
         yield
     finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.fp32_precision = value
+        for switch, old in changed:
+            switch.fp32_precision = "none"
+            if switch.fp32_precision != old:  # not what torch.backends.fp32_precision said, but set here
+                switch.fp32_precision = old

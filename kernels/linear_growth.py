@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .launch import full_precision
+from .launch import products_in
 
 __all__ = ["linear_growth_matrix"]
 
@@ -14,7 +14,7 @@ def linear_growth_matrix(dz: Tensor, h: Tensor, out: Tensor | None, precision: s
     """M = dz^T h for (n, O) and (n, I), float32 (float64 for float64); out: added to."""
     dtype = torch.promote_types(dz.dtype, h.dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    with full_precision(dz, precision):
+    with products_in(precision, dz.device):
         if dz.is_cuda and dtype != wide:
             product = torch.mm(dz.to(dtype).T, h.to(dtype), out_dtype=wide)
             return product if out is None else out.add_(product)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrow.foresight import foreseen
+from fastgrow.foresight import blocks_left, foreseen
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -71,7 +71,8 @@ def rounds(values: Tensor, width: int, k: int, count: int) -> Iterator[tuple[flo
         total = float(torch.linalg.eigvalsh(ritz)[-k:].sum())
         room = size - basis.shape[1]
         if number:
-            early, late = (float(foreseen(ritz, width, k, room, gram)) for gram in (None, block.mT @ block))
+            blocks = blocks_left(ritz, width, float(squares.sum() - ritz.diagonal().sum()))
+            early, late = (float(foreseen(ritz, width, k, room, gram, blocks)) for gram in (None, block.mT @ block))
             yield math.sqrt(total / best), math.sqrt(total / max(total, early)), math.sqrt(total / max(total, late))
 
 

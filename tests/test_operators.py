@@ -24,7 +24,7 @@ from fastgrow.operators import (
     LinearPair,
     ScaledMap,
     SumMap,
-    full_precision,
+    products_in,
 )
 from fastgrow.ops import ConvGeometry
 
@@ -268,17 +268,31 @@ def test_bad_numbers_reach_the_exponent() -> None:
     assert not torch.isfinite(DenseMap(bad).exponent)
 
 
-def test_full_precision_says_so_and_puts_it_back() -> None:
+@pytest.mark.parametrize("outside", ["ieee", "tf32"])
+@pytest.mark.parametrize("inside", ["float32", "tf32"])
+def test_precision_of_products_is_said_and_put_back(inside: str, outside: str) -> None:
     convolutions, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
     before = convolutions.fp32_precision, products.fp32_precision
+    cuda, wanted = torch.device("cuda"), {"float32": "ieee", "tf32": "tf32"}[inside]
     try:
-        products.fp32_precision = "tf32"
-        convolutions.fp32_precision = "tf32"
-        with full_precision(torch.device("cuda")):
-            assert (convolutions.fp32_precision, products.fp32_precision) == ("ieee", "ieee")
-        assert (convolutions.fp32_precision, products.fp32_precision) == ("tf32", "tf32")
+        products.fp32_precision = convolutions.fp32_precision = outside
+        with products_in("float32", cuda), products_in(inside, cuda):
+            assert (convolutions.fp32_precision, products.fp32_precision) == (wanted, wanted)
+        assert (convolutions.fp32_precision, products.fp32_precision) == (outside, outside)
     finally:
         convolutions.fp32_precision, products.fp32_precision = before
+
+
+def test_what_is_inherited_stays_inherited() -> None:
+    try:
+        torch.backends.fp32_precision = "tf32"  # type: ignore[attr-defined]
+        with products_in("float32", torch.device("cuda")):
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        torch.backends.fp32_precision = "none"  # type: ignore[attr-defined]
+        assert torch.backends.cuda.matmul.fp32_precision == "none"
+    finally:
+        torch.backends.fp32_precision = "none"  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import GrowthError
+from ..kernels.launch import products_in
 
 __all__ = [
     "LARGEST_EXPONENT",
+    "TF32_ROUNDS",
     "LinearMap",
     "checked_pair",
     "exponent_of",
-    "full_precision",
     "power_of_two",
+    "products_in",
     "scale_by_power",
     "split_scale",
     "upcast",
@@ -29,21 +31,10 @@ _IDENTITY_COLUMNS = 256  # width of the identity blocks a map is multiplied with
 LARGEST_EXPONENT = {torch.float32: 120, torch.float64: 1000}  # 2^(+-that) is a normal number
 
 
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Float32 products in float32 on this device: no tf32, no bf16 behind the caller's back."""
-    products: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-    convolutions: Any = torch.backends.cudnn if device.type == "cuda" else torch.backends.mkldnn
-    settings = (products.matmul, convolutions.conv)
-    before = [setting.fp32_precision for setting in settings]
-    lowered = [(s, old) for s, old in zip(settings, before, strict=True) if old in ("tf32", "bf16")]
-    try:
-        for setting, _ in lowered:
-            setting.fp32_precision = "ieee"
-        yield
-    finally:
-        for setting, old in lowered:
-            setting.fp32_precision = old
+TF32_ROUNDS = os.environ.get("FASTGROW_TF32_ROUNDS", "1") != "0"
+"""Whether Krylov rounds multiply float32 in tf32 on GPUs that have it (compute capability 8), whatever torch's own
+switches say: what they find is a basis, and directions, values and the captured norm come from one more product in
+float32. ``FASTGROW_TF32_ROUNDS=0`` in the environment, or False here, keeps the rounds in float32."""
 
 
 class LinearMap(ABC):
@@ -94,23 +85,36 @@ class LinearMap(ABC):
         return None
 
     @property
+    def may_round(self) -> bool:
+        """Whether products inside `rounded` are less exact than others."""
+        if not TF32_ROUNDS or self.dtype != torch.float32 or self.device.type != "cuda":
+            return False
+        return torch.version.hip is None and torch.cuda.get_device_capability(self.device) >= (8, 0)
+
+    @contextmanager
+    def rounded(self) -> Iterator[None]:
+        """Products inside may round what they multiply to tf32's 11 bits; sums stay float32."""
+        with products_in("tf32", self.device):
+            yield
+
+    @property
     def rank_bound(self) -> int:
         """An upper bound of the rank that is known without computing."""
         return min(self.shape)
 
     def matmat(self, columns: Tensor) -> Tensor:
         """M X: (n, r) -> (m, r)."""
-        with full_precision(self.device):
+        with products_in("float32", self.device):
             return scale_by_power(self.unit_matmat(columns), self.exponent)
 
     def rmatmat(self, columns: Tensor) -> Tensor:
         """M^T Y: (m, r) -> (n, r)."""
-        with full_precision(self.device):
+        with products_in("float32", self.device):
             return scale_by_power(self.unit_rmatmat(columns), self.exponent)
 
     def dense(self) -> Tensor:
         """M: (m, n)."""
-        with full_precision(self.device):
+        with products_in("float32", self.device):
             return scale_by_power(self.unit_dense(), self.exponent)
 
 

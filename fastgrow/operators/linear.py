@@ -91,7 +91,11 @@ class LinearPair(LinearMap):
         return torch.cat([result, hidden.sum(0, keepdim=True)]) if self.bias else result
 
     def unit_dense(self) -> Tensor:
-        return self._to_inputs(self.grad * (self._shrink_grad * self._mantissa)).mT * self._shrink_data
+        grad = self.grad.mT * (self._shrink_grad * self._mantissa)  # (O, N); products with few rows beat few columns
+        result = grad @ self.data
+        if self.bias:
+            result = torch.cat([result, grad.sum(1, keepdim=True)], dim=1)
+        return result * self._shrink_data
 
     def unit_factors(self) -> tuple[Tensor, Tensor] | None:
         if self.grad.shape[0] >= min(self.shape):
