@@ -59,6 +59,7 @@ def products_in(precision: str, device: torch.device) -> Iterator[None]:
         return
     products: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     convolutions: Any = torch.backends.cudnn if device.type == "cuda" else torch.backends.mkldnn
+    cudnn = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     wanted = ("tf32",) if precision == "tf32" else ("ieee", "none")  # none is float32 too
     changed = [(s, old) for s in (products.matmul, convolutions.conv) if (old := s.fp32_precision) not in wanted]
     try:
@@ -67,6 +68,7 @@ def products_in(precision: str, device: torch.device) -> Iterator[None]:
         yield
     finally:
         for switch, old in changed:
-            switch.fp32_precision = "none"
-            if switch.fp32_precision != old:  # not what torch.backends.fp32_precision said, but set here
+            if switch is not cudnn:  # its own default is tf32; that of the others is what torch.backends says
+                switch.fp32_precision = "none"
+            if switch.fp32_precision != old:
                 switch.fp32_precision = old

@@ -291,6 +291,7 @@ def test_what_is_inherited_stays_inherited() -> None:
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
         torch.backends.fp32_precision = "none"  # type: ignore[attr-defined]
         assert torch.backends.cuda.matmul.fp32_precision == "none"
+        assert torch.backends.cudnn.allow_tf32  # the old switch raises where conv and rnn differ
     finally:
         torch.backends.fp32_precision = "none"  # type: ignore[attr-defined]
 

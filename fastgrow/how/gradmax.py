@@ -31,7 +31,8 @@ class GradMax(How):
     group of a grouped convolution, or in each member of a stack of matrices, takes these norms in each by itself: a
     stack of networks grows as each network alone.
     bias: count the gradient of the producers' biases as a column of M (the paper leaves it out); not of gated
-    units and attention heads, whose weights alone count.
+    units and attention heads, nor in signed pairs of units that have a channel in each group or member: there the
+    weights alone count.
     relu: what is done where ReLU's subgradient 0 at zero would leave the new units dead. "swap": activation
     modules are replaced by their `fastgrow.nn` twins, equal in the forward pass; "pairs": units come in
     twos, with the same small incoming weights and opposite outgoing ones; "auto": swap where the activation
