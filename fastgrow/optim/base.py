@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from .entry import BlockNumbers, Entry, unwrap
 
 __all__ = ["Backend", "GrowingOptimizer", "State"]
 
-Backend = Literal["auto", "triton", "torch"]
+Backend = Literal["auto", "triton", "cpu", "torch"]
 Group = dict[str, Any]
 State = dict[str, Any]
 
@@ -41,9 +41,11 @@ class GrowingOptimizer(torch.optim.Optimizer):
     output_scale: an open reading of Table 1: the stage-0 block of the group's weights takes
     output_scale * lr; give the output layer its own group with 1 / C_{h,0}.
     stage_options: {stage: {"lr": factor, "weight_decay": value, "warmup": steps}}, as `set_stage`.
-    backend: "triton" updates all grown parameters in one kernel launch, "torch" each block by torch's own
-    fused kernels (whatever `foreach` and `fused` say of parameters that never grew), "auto" chooses the
-    launch on a GPU unless foreach=True. The norms of the next step are taken during this one and dropped
+    backend: "triton" updates all grown parameters of a GPU in one kernel launch, "cpu" those of a CPU in one
+    compiled loop (float32, float64, bfloat16; built at installation where there is a C++ compiler), "torch"
+    each block by torch's own fused kernels, whatever `foreach` and `fused` say of parameters that never grew.
+    "auto" takes the launch on a GPU unless foreach=True, the loop on a CPU where it is built, and "torch" for
+    what these do not take. The norms of the next step are taken during this one and dropped
     when a parameter's version counter or address has changed since. Writes through ``parameter.data`` change
     neither: the next step's rates are then those of the values before; write under ``torch.no_grad()``.
     """
@@ -58,8 +60,8 @@ class GrowingOptimizer(torch.optim.Optimizer):
         backend: Backend,
         **more: Any,
     ) -> None:
-        if backend not in ("auto", "triton", "torch"):
-            raise GrowthError(f"backend is {backend!r}; wanted 'auto', 'triton' or 'torch'")
+        if backend not in get_args(Backend):
+            raise GrowthError(f"backend is {backend!r}; wanted {', '.join(map(repr, get_args(Backend)))}")
         options = {stage: _checked(stage, of) for stage, of in (stage_options or {}).items()}
         self.defaults.update(rate_adaptation=rate_adaptation, output_scale=output_scale, stage_options=options, **more)
         self.backend = backend
@@ -171,6 +173,7 @@ class GrowingOptimizer(torch.optim.Optimizer):
 
     def stage_rates(self, parameter: Tensor) -> dict[int, float]:
         """The learning rate of each stage's block at the next step, rate adaptation included."""
+        self._settle()
         group, state = self._group_of(parameter), self.state[parameter]
         entry = self._entry(parameter)
         numbers = self._numbers(group, parameter, state, entry.blocks)
@@ -302,13 +305,21 @@ class GrowingOptimizer(torch.optim.Optimizer):
         return state
 
     def _takes_kernel(self, group: Group, parameter: Tensor) -> bool:
-        backend = self.backend
-        if backend == "torch" or (backend == "auto" and (parameter.device.type != "cuda" or group.get("foreach"))):
+        route = self._route(group, parameter.device)
+        if route is None:
             return False
-        reason = fused.refusal(parameter, self._entry(parameter).blocks)
-        if reason is not None and backend == "triton":
-            raise GrowthError(f"backend='triton', but {reason}; build the optimizer with backend='auto'")
+        reason = fused.refusal(parameter, self._entry(parameter).blocks, route)
+        if reason is not None and self.backend != "auto":
+            raise GrowthError(f"backend={route!r}, but {reason}; build the optimizer with backend='auto'")
         return reason is None
+
+    def _route(self, group: Group, device: torch.device) -> fused.Route | None:
+        """The kernels that grown parameters of a device are meant for; None: torch's own."""
+        if self.backend == "triton" or (self.backend == "auto" and device.type == "cuda" and not group.get("foreach")):
+            return "triton"
+        if self.backend == "cpu" or (self.backend == "auto" and device.type == "cpu"):
+            return "cpu"
+        return None
 
     def _numbers(self, group: Group, parameter: Tensor, state: State, blocks: Blocks) -> list[BlockNumbers]:
         lr, decay, done = float(unwrap(group["lr"])), float(unwrap(group["weight_decay"])), int(state["step"])
@@ -455,7 +466,9 @@ class GrowingOptimizer(torch.optim.Optimizer):
             if batch is not None:
                 batch.settle()
             adapt = [self._adapts(group, p, b) for p, b in zip(parameters, blocks, strict=True)]
-            batch = self._batches[key] = fused.Batch(parameters, blocks, adapt, states, group["rate_adaptation"])
+            route = self._route(group, parameters[0].device)
+            assert route is not None
+            batch = self._batches[key] = fused.Batch(parameters, blocks, adapt, states, group["rate_adaptation"], route)
         columns = [self._moments(group, p, state) for p, state in zip(parameters, states, strict=True)]
         gradients = [self._gradient(parameter) for parameter in parameters]
         batch.bind(gradients, [list(column) for column in zip(*columns, strict=True)])
@@ -466,8 +479,7 @@ class GrowingOptimizer(torch.optim.Optimizer):
         ]
         self._fused_step(group, batch, rows, batch.refresh())
         batch.finish()
-        for state in states:
-            state["step"] += 1
+        torch._foreach_add_([state["step"] for state in states], 1)
 
 
 def _checked(stage: int, options: Mapping[str, float]) -> dict[str, float]:
