@@ -272,7 +272,7 @@ class GrowingOptimizer(torch.optim.Optimizer):
                     f"the gradient of a grown parameter of shape {tuple(parameter.shape)} is "
                     f"{gradient.layout}; a grown embedding needs sparse=False"
                 )
-            self._moments(group, parameter, self._counted(parameter))
+            self._counted(parameter)
             if self._takes_kernel(group, parameter):
                 batches.setdefault((parameter.device, parameter.dtype), []).append(parameter)
             else:
@@ -308,7 +308,10 @@ class GrowingOptimizer(torch.optim.Optimizer):
         route = self._route(group, parameter.device)
         if route is None:
             return False
-        reason = fused.refusal(parameter, self._entry(parameter).blocks, route)
+        entry, asked = self._entry(parameter), (route, parameter.dtype, parameter.device)
+        if entry.asked != asked:
+            entry.asked, entry.refusal = asked, fused.refusal(parameter, entry.blocks, route)
+        reason = entry.refusal
         if reason is not None and self.backend != "auto":
             raise GrowthError(f"backend={route!r}, but {reason}; build the optimizer with backend='auto'")
         return reason is None
@@ -377,9 +380,9 @@ class GrowingOptimizer(torch.optim.Optimizer):
         for parameter in parameters:
             state, entry = self.state[parameter], self._entry(parameter)
             blocks = entry.blocks
+            tensors = [parameter, *self._moments(group, parameter, state)]
             numbers = self._numbers(group, parameter, state, blocks)
             self._apply_ratios(group, parameter, state, entry, numbers)
-            tensors = [parameter, *self._moments(group, parameter, state)]
             written += tensors
             names: list[str | None] = []
             columns = []
@@ -460,11 +463,11 @@ class GrowingOptimizer(torch.optim.Optimizer):
 
     def _kernel_update(self, group: Group, key: object, parameters: list[Tensor]) -> None:
         states = [self.state[parameter] for parameter in parameters]
-        blocks = [self._entry(parameter).blocks for parameter in parameters]
         batch = self._batches.get(key)
         if batch is None or not batch.holds(parameters, group["rate_adaptation"]):
             if batch is not None:
                 batch.settle()
+            blocks = [self._entry(parameter).blocks for parameter in parameters]
             adapt = [self._adapts(group, p, b) for p, b in zip(parameters, blocks, strict=True)]
             route = self._route(group, parameters[0].device)
             assert route is not None
@@ -472,11 +475,14 @@ class GrowingOptimizer(torch.optim.Optimizer):
         columns = [self._moments(group, p, state) for p, state in zip(parameters, states, strict=True)]
         gradients = [self._gradient(parameter) for parameter in parameters]
         batch.bind(gradients, [list(column) for column in zip(*columns, strict=True)])
-        rows = [
-            self._coefficients(group, of)
-            for parameter, state, cut in zip(parameters, states, blocks, strict=True)
-            for of in self._numbers(group, parameter, state, cut)
-        ]
+        known: dict[tuple[float, ...], tuple[float, ...]] = {}  # most blocks share their numbers with others
+        rows = []
+        for parameter, state, cut in zip(parameters, states, batch.blocks, strict=True):
+            for of in self._numbers(group, parameter, state, cut):
+                numbers = (of.rate, of.decay, of.age, of.gain)
+                if numbers not in known:
+                    known[numbers] = self._coefficients(group, of)
+                rows.append(known[numbers])
         self._fused_step(group, batch, rows, batch.refresh())
         batch.finish()
         torch._foreach_add_([state["step"] for state in states], 1)

@@ -110,15 +110,16 @@ class Batch:
 
     def bind(self, gradients: Sequence[Tensor], moments: Sequence[Sequence[Tensor]]) -> None:
         """Take this step's gradients and state; one laid out otherwise than its parameter is copied."""
+        dtype = self.table.dtype
         alike = [
             g.detach()
-            if g.stride() == p.stride() and g.dtype == p.dtype and not g.is_neg()
+            if g.stride() == strides and g.dtype == dtype and not g.is_neg()
             else torch.empty_like(p).copy_(g)
-            for p, g in zip(self.parameters, gradients, strict=True)
+            for p, g, strides in zip(self.parameters, gradients, self.table.strides, strict=True)
         ]
         for column in moments:
-            for parameter, tensor in zip(self.parameters, column, strict=True):
-                if tensor.stride() != parameter.stride() or tensor.dtype != parameter.dtype:
+            for parameter, tensor, strides in zip(self.parameters, column, self.table.strides, strict=True):
+                if tensor.stride() != strides or tensor.dtype != dtype:
                     tensor.set_(torch.empty_like(parameter).copy_(tensor))  # type: ignore[call-overload]
         self._columns = [self.parameters, alike, *moments]
         self._tensors = [*self.parameters, *(tensor for column in moments for tensor in column)]
