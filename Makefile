@@ -5,7 +5,7 @@ OUT ?= bench/results
 VENV := .venv
 BIN := $(VENV)/bin
 comma := ,
-PINS := pyproject.toml setup.py constraints.txt
+PINS := pyproject.toml setup.py constraints.txt kernels/block_update_cpu.cpp
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench report gpu clean
@@ -51,5 +51,5 @@ gpu: ## GPU tests, then GPU benchmarks into OUT, with PYTHON as it is (no .venv)
 	$(PYTHON) -m bench --device cuda --out $(OUT)
 
 clean: ## remove .venv, caches, build folders and out
-	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) out build dist *.egg-info kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -158,8 +158,9 @@ REASONS = {
         "A read of every output gradient is 1 to 2 % of a step in bytes; the interval of a noisy machine is wider."
     ),
     "rate-adapted step": (
-        "Norms of blocks take a pass over the weights that torch's step does not make, and columns of another"
-        " age are stepped apart; a fused route for CPUs would need a compiled extension."
+        "The compiled loop moves the bytes that torch's fused step moves; norms add a read from the first cache, and"
+        " every grown parameter some 12 us of Python, which small layers show. Where the loop is not built, blocks are"
+        " stepped apart by torch's kernels."
     ),
     "peak memory": (
         "All new tensors stand before the first old one goes, so that a failure changes nothing: where all weights "

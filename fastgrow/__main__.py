@@ -19,6 +19,7 @@ from torch import nn
 import fastgrow as fg
 
 from .errors import GrowthError
+from .kernels import block_update_cpu
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +65,7 @@ def _environment() -> str:
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} CPU threads"),
         *((name, _version(name)) for name in ("triton", "numpy", "scikit-learn", "matplotlib", "rich")),
-        ("device cpu", "backend torch"),
+        ("device cpu", f"backend torch; fastgrow.optim: {block_update_cpu.missing() or 'the compiled loop'}"),
     ]
     has_triton = importlib.util.find_spec("triton") is not None
     interpreted = has_triton and os.environ.get("TRITON_INTERPRET") == "1"

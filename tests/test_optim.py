@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastgrow.kernels import block_update_cpu
 from optim_reference import Reference, grow, move, stage_map
 from tolerances import tolerance
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ def backends() -> list[str]:
         found += ["triton"] if interpreting() else []
     except ImportError:
         pass
-    return found
+    return found + (["cpu"] if block_update_cpu.missing() is None else [])
 
 
 @pytest.mark.parametrize("case", TORCH_CASES)
@@ -144,7 +145,8 @@ def test_equals_a_loop_over_blocks(case: str, adapted: bool, dtype: torch.dtype,
 
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "strided", "scattered rows"])
 @pytest.mark.parametrize("method", ["SGD", "Adam", "AvaGrad"])
-def test_any_memory_layout(method: str, layout: str) -> None:
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_any_memory_layout(backend: str, method: str, layout: str) -> None:
     torch.manual_seed(1)
     value = torch.randn(8, 6, 3, 3, dtype=torch.float64)
     stages = {0: torch.tensor([0] * 5 + [1, 1, 2]), 1: torch.tensor([0] * 4 + [1, 2])}
@@ -164,7 +166,7 @@ def test_any_memory_layout(method: str, layout: str) -> None:
     if layout == "strided":
         parameter = nn.Parameter(torch.zeros(8, 6, 3, 6, dtype=torch.float64)[..., ::2].copy_(value))
         assert not parameter.is_contiguous()
-    optimizer = getattr(fo, method)([parameter], **options)
+    optimizer = getattr(fo, method)([parameter], backend=backend, **options)
     optimizer.grown(parameter, stages)
     for _ in range(3):
         parameter.grad = torch.randn(value.shape, dtype=torch.float64)
@@ -246,8 +248,9 @@ def test_momentum_is_reset_only_when_asked() -> None:
         assert kept == [not reset] * 4
 
 
-def test_norms_follow_the_version_counter() -> None:
-    pair = Pair("SGD", dict(lr=0.1, rate_adaptation=True), torch.float64, "torch")
+@pytest.mark.parametrize("backend", backends())
+def test_norms_follow_the_version_counter(backend: str) -> None:
+    pair = Pair("SGD", dict(lr=0.1, rate_adaptation=True), torch.float64, backend)
     twice_grown(pair)
     with torch.no_grad():
         pair.held[0][:2].mul_(3)

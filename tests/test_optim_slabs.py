@@ -30,7 +30,7 @@ def seen(shape: tuple[int, ...], stages: dict[int, Tensor], method: str, **more:
     reference = Reference(method, [value], **options)
     reference.grow(0, value, {}, stages)
     parameter = nn.Parameter(value.clone())
-    optimizer = getattr(fo, method)([parameter], **options)
+    optimizer = getattr(fo, method)([parameter], **{"backend": "torch", **options})
     optimizer.grown(parameter, stages)
     for stage in reference.all[0].births:
         reference.all[0].births[stage] = 0
@@ -61,7 +61,7 @@ def test_half_precision_on_the_cpu(method: str, dtype: torch.dtype) -> None:
     value = torch.randn(20, 100).to(dtype)
     options = {**METHODS[method], "rate_adaptation": True}
     sides = [nn.Parameter(value.clone()), nn.Parameter(value.double())]
-    optimizers = [getattr(fo, method)([one], **options) for one in sides]
+    optimizers = [getattr(fo, method)([one], backend="torch", **options) for one in sides]
     for one, optimizer in zip(sides, optimizers, strict=True):
         optimizer.grown(one, stages)
     for _ in range(3):
@@ -73,13 +73,14 @@ def test_half_precision_on_the_cpu(method: str, dtype: torch.dtype) -> None:
     assert error <= tolerance(dtype, 30) * sides[1].abs().max()
 
 
+@pytest.mark.parametrize("backend", ["torch", "auto"])
 @pytest.mark.parametrize("method", ["SGD", "Adam"])
-def test_a_fused_optimizer_takes_scaled_gradients(method: str) -> None:
+def test_a_fused_optimizer_takes_scaled_gradients(method: str, backend: str) -> None:
     """With fused=True a GradScaler leaves both the division and the skipped step to the optimizer."""
     stages = {0: torch.tensor([0] * 5 + [1] * 3)}
     results = []
     for scaled in (False, True):
-        parameter, optimizer, _ = seen((8, 6), stages, method, fused=True)
+        parameter, optimizer, _ = seen((8, 6), stages, method, fused=True, backend=backend)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
         for factor in (1.0, float("inf"), 2.0):
             if scaled or factor < float("inf"):

@@ -87,8 +87,10 @@ class AvaGrad(GrowingOptimizer):
             (p.device, p.dtype) in kinds and self._takes_kernel(group, p) for p in parameters
         )
         if not self._by_kernel:
-            if self.backend == "triton":
-                raise GrowthError("backend='triton' needs all parameters of a group on one device, of one dtype")
+            if self.backend in ("triton", "cpu"):
+                raise GrowthError(
+                    f"backend={self.backend!r} needs all parameters of a group on one device, of one dtype"
+                )
             self._normalisers = self._stage_normalisers(group, parameters)
         super()._block_update(group, parameters)
 
@@ -179,13 +181,9 @@ class AvaGrad(GrowingOptimizer):
         def stamp() -> object:
             return [self._eta_stamp(group, parameter) for parameter in batch.parameters]
 
-        eta.renew(stamp(), lambda: [self._etas(group, parameter) for parameter in batch.parameters])
-        batch.avagrad(
-            batch.scalars(rows, (1 - beta1, beta2, 1 - beta2, group["eps"])),
-            eta,
-            maximize=group["maximize"],
-            norms=norms,
-        )
+        scalars = batch.scalars(rows, (1 - beta1, beta2, 1 - beta2, group["eps"]))
+        eta.renew(stamp(), scalars, lambda: [self._etas(group, parameter) for parameter in batch.parameters])
+        batch.avagrad(scalars, eta, maximize=group["maximize"], norms=norms)
         batch.mark_written()
         eta.left(stamp())
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from .entry import BlockNumbers, Entry, unwrap
 
 __all__ = ["Backend", "GrowingOptimizer", "State"]
 
-Backend = Literal["auto", "triton", "torch"]
+Backend = Literal["auto", "triton", "cpu", "torch"]
 Group = dict[str, Any]
 State = dict[str, Any]
 
@@ -41,9 +41,11 @@ class GrowingOptimizer(torch.optim.Optimizer):
     output_scale: an open reading of Table 1: the stage-0 block of the group's weights takes
     output_scale * lr; give the output layer its own group with 1 / C_{h,0}.
     stage_options: {stage: {"lr": factor, "weight_decay": value, "warmup": steps}}, as `set_stage`.
-    backend: "triton" updates all grown parameters in one kernel launch, "torch" each block by torch's own
-    fused kernels (whatever `foreach` and `fused` say of parameters that never grew), "auto" chooses the
-    launch on a GPU unless foreach=True. The norms of the next step are taken during this one and dropped
+    backend: "triton" updates all grown parameters of a GPU in one kernel launch, "cpu" those of a CPU in one
+    compiled loop (float32, float64, bfloat16; built at installation where there is a C++ compiler), "torch"
+    each block by torch's own fused kernels, whatever `foreach` and `fused` say of parameters that never grew.
+    "auto" takes the launch on a GPU unless foreach=True, the loop on a CPU where it is built, and "torch" for
+    what these do not take. The norms of the next step are taken during this one and dropped
     when a parameter's version counter or address has changed since. Writes through ``parameter.data`` change
     neither: the next step's rates are then those of the values before; write under ``torch.no_grad()``.
     """
@@ -58,8 +60,8 @@ class GrowingOptimizer(torch.optim.Optimizer):
         backend: Backend,
         **more: Any,
     ) -> None:
-        if backend not in ("auto", "triton", "torch"):
-            raise GrowthError(f"backend is {backend!r}; wanted 'auto', 'triton' or 'torch'")
+        if backend not in get_args(Backend):
+            raise GrowthError(f"backend is {backend!r}; wanted {', '.join(map(repr, get_args(Backend)))}")
         options = {stage: _checked(stage, of) for stage, of in (stage_options or {}).items()}
         self.defaults.update(rate_adaptation=rate_adaptation, output_scale=output_scale, stage_options=options, **more)
         self.backend = backend
@@ -171,6 +173,7 @@ class GrowingOptimizer(torch.optim.Optimizer):
 
     def stage_rates(self, parameter: Tensor) -> dict[int, float]:
         """The learning rate of each stage's block at the next step, rate adaptation included."""
+        self._settle()
         group, state = self._group_of(parameter), self.state[parameter]
         entry = self._entry(parameter)
         numbers = self._numbers(group, parameter, state, entry.blocks)
@@ -269,7 +272,7 @@ class GrowingOptimizer(torch.optim.Optimizer):
                     f"the gradient of a grown parameter of shape {tuple(parameter.shape)} is "
                     f"{gradient.layout}; a grown embedding needs sparse=False"
                 )
-            self._moments(group, parameter, self._counted(parameter))
+            self._counted(parameter)
             if self._takes_kernel(group, parameter):
                 batches.setdefault((parameter.device, parameter.dtype), []).append(parameter)
             else:
@@ -302,13 +305,24 @@ class GrowingOptimizer(torch.optim.Optimizer):
         return state
 
     def _takes_kernel(self, group: Group, parameter: Tensor) -> bool:
-        backend = self.backend
-        if backend == "torch" or (backend == "auto" and (parameter.device.type != "cuda" or group.get("foreach"))):
+        route = self._route(group, parameter.device)
+        if route is None:
             return False
-        reason = fused.refusal(parameter, self._entry(parameter).blocks)
-        if reason is not None and backend == "triton":
-            raise GrowthError(f"backend='triton', but {reason}; build the optimizer with backend='auto'")
+        entry, asked = self._entry(parameter), (route, parameter.dtype, parameter.device)
+        if entry.asked != asked:
+            entry.asked, entry.refusal = asked, fused.refusal(parameter, entry.blocks, route)
+        reason = entry.refusal
+        if reason is not None and self.backend != "auto":
+            raise GrowthError(f"backend={route!r}, but {reason}; build the optimizer with backend='auto'")
         return reason is None
+
+    def _route(self, group: Group, device: torch.device) -> fused.Route | None:
+        """The kernels that grown parameters of a device are meant for; None: torch's own."""
+        if self.backend == "triton" or (self.backend == "auto" and device.type == "cuda" and not group.get("foreach")):
+            return "triton"
+        if self.backend == "cpu" or (self.backend == "auto" and device.type == "cpu"):
+            return "cpu"
+        return None
 
     def _numbers(self, group: Group, parameter: Tensor, state: State, blocks: Blocks) -> list[BlockNumbers]:
         lr, decay, done = float(unwrap(group["lr"])), float(unwrap(group["weight_decay"])), int(state["step"])
@@ -366,9 +380,9 @@ class GrowingOptimizer(torch.optim.Optimizer):
         for parameter in parameters:
             state, entry = self.state[parameter], self._entry(parameter)
             blocks = entry.blocks
+            tensors = [parameter, *self._moments(group, parameter, state)]
             numbers = self._numbers(group, parameter, state, blocks)
             self._apply_ratios(group, parameter, state, entry, numbers)
-            tensors = [parameter, *self._moments(group, parameter, state)]
             written += tensors
             names: list[str | None] = []
             columns = []
@@ -449,25 +463,29 @@ class GrowingOptimizer(torch.optim.Optimizer):
 
     def _kernel_update(self, group: Group, key: object, parameters: list[Tensor]) -> None:
         states = [self.state[parameter] for parameter in parameters]
-        blocks = [self._entry(parameter).blocks for parameter in parameters]
         batch = self._batches.get(key)
         if batch is None or not batch.holds(parameters, group["rate_adaptation"]):
             if batch is not None:
                 batch.settle()
+            blocks = [self._entry(parameter).blocks for parameter in parameters]
             adapt = [self._adapts(group, p, b) for p, b in zip(parameters, blocks, strict=True)]
-            batch = self._batches[key] = fused.Batch(parameters, blocks, adapt, states, group["rate_adaptation"])
+            route = self._route(group, parameters[0].device)
+            assert route is not None
+            batch = self._batches[key] = fused.Batch(parameters, blocks, adapt, states, group["rate_adaptation"], route)
         columns = [self._moments(group, p, state) for p, state in zip(parameters, states, strict=True)]
         gradients = [self._gradient(parameter) for parameter in parameters]
         batch.bind(gradients, [list(column) for column in zip(*columns, strict=True)])
-        rows = [
-            self._coefficients(group, of)
-            for parameter, state, cut in zip(parameters, states, blocks, strict=True)
-            for of in self._numbers(group, parameter, state, cut)
-        ]
+        known: dict[tuple[float, ...], tuple[float, ...]] = {}  # most blocks share their numbers with others
+        rows = []
+        for parameter, state, cut in zip(parameters, states, batch.blocks, strict=True):
+            for of in self._numbers(group, parameter, state, cut):
+                numbers = (of.rate, of.decay, of.age, of.gain)
+                if numbers not in known:
+                    known[numbers] = self._coefficients(group, of)
+                rows.append(known[numbers])
         self._fused_step(group, batch, rows, batch.refresh())
         batch.finish()
-        for state in states:
-            state["step"] += 1
+        torch._foreach_add_([state["step"] for state in states], 1)
 
 
 def _checked(stage: int, options: Mapping[str, float]) -> dict[str, float]:

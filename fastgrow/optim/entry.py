@@ -69,6 +69,8 @@ class Entry:
         self.given_strides = parameter.stride()
         size = _CPU_SLAB if parameter.device.type == "cpu" else max(1, parameter.numel())
         self.blocks: Blocks = blocks_of(parameter, stages or {}, size)
+        self.asked: object = None  # the kernels that were asked about, and why they refuse
+        self.refusal: str | None = None
         self._norms: dict[str, _Norms] = {}
         self._views: dict[str, tuple[Tensor, tuple[object, ...], Sequence[Tensor]]] = {}
         self._parts: dict[tuple[str, int, int], Tensor] = {}

@@ -1,4 +1,4 @@
-"""The grown parameters of one dtype and device, updated by one Triton launch, without a host sync."""
+"""The grown parameters of one dtype and device, updated by one call: of Triton's kernels or a CPU's compiled loop."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ..kernels import block_update_cpu
 from .blocks import Blocks
 
-__all__ = ["Batch", "EtaSums", "refusal"]
+__all__ = ["Batch", "EtaSums", "Route", "refusal"]
+
+Route = Literal["triton", "cpu"]
 
 
 @cache
-def _kernels() -> tuple[ModuleType, ModuleType] | None:
+def _triton_kernels() -> tuple[ModuleType, ModuleType] | None:
     try:
         from ..kernels import block_norms, block_update
     except ImportError:
@@ -25,15 +28,27 @@ def _kernels() -> tuple[ModuleType, ModuleType] | None:
     return block_norms, block_update
 
 
-def refusal(parameter: Tensor, blocks: Blocks) -> str | None:
-    """Why the kernels do not take a parameter; None where they do."""
-    kernels = _kernels()
-    if kernels is None:
-        return "Triton is not installed"
-    if not kernels[0].runs_on(parameter.device):
-        return f"a grown parameter lies on {parameter.device}, where Triton does not run"
-    if not kernels[0].is_supported(parameter) or parameter.stride() != blocks.strides:
-        return f"a grown {parameter.dtype} parameter of shape {tuple(parameter.shape)} is not dense in memory"
+def refusal(parameter: Tensor, blocks: Blocks, route: Route) -> str | None:
+    """Why the kernels of a route do not take a parameter; None where they do."""
+    if route == "cpu":
+        if parameter.device.type != "cpu":
+            return f"a grown parameter lies on {parameter.device}"
+        reason = block_update_cpu.missing()
+        if reason is not None:
+            return reason
+        supported = block_update_cpu.is_supported(parameter)
+    else:
+        kernels = _triton_kernels()
+        if kernels is None:
+            return "Triton is not installed"
+        if not kernels[0].runs_on(parameter.device):
+            return f"a grown parameter lies on {parameter.device}, where Triton does not run"
+        supported = kernels[0].is_supported(parameter)
+    what = f"a grown {parameter.dtype} parameter of shape {tuple(parameter.shape)}"
+    if not supported:
+        return f"{what} is empty or of a dtype that its kernels do not take"
+    if parameter.stride() != blocks.strides:
+        return f"{what} is not dense in memory"
     return None
 
 
@@ -47,10 +62,14 @@ class Batch:
         adapt: Sequence[bool],
         states: Sequence[dict[str, Any]],
         rate_adaptation: bool,
+        route: Route,
     ) -> None:
-        kernels = _kernels()
+        kernels = (block_update_cpu, block_update_cpu) if route == "cpu" else _triton_kernels()
         assert kernels is not None
+        self._norms_kernel: Any
+        self._update_kernel: Any
         self._norms_kernel, self._update_kernel = kernels
+        self._route = route
         self.parameters, self.blocks = list(parameters), list(blocks)
         self.table = self._norms_kernel.BlockTable(
             [p.detach() for p in parameters],
@@ -82,7 +101,7 @@ class Batch:
         )
 
     def settle(self) -> None:
-        """Write the kernel's flags back to the optimizer's state; waits for the GPU if any is up."""
+        """Write the kernel's flags back to the optimizer's state; waits for a GPU if any is up."""
         if self._unsettled:
             now = self.waiting.tolist()
             for base, flags in zip(self.table.bases, self._flags, strict=False):
@@ -91,22 +110,29 @@ class Batch:
 
     def bind(self, gradients: Sequence[Tensor], moments: Sequence[Sequence[Tensor]]) -> None:
         """Take this step's gradients and state; one laid out otherwise than its parameter is copied."""
+        dtype = self.table.dtype
         alike = [
-            g.detach() if g.stride() == p.stride() and g.dtype == p.dtype else torch.empty_like(p).copy_(g)
-            for p, g in zip(self.parameters, gradients, strict=True)
+            g.detach()
+            if g.stride() == strides and g.dtype == dtype and not g.is_neg()
+            else torch.empty_like(p).copy_(g)
+            for p, g, strides in zip(self.parameters, gradients, self.table.strides, strict=True)
         ]
         for column in moments:
-            for parameter, tensor in zip(self.parameters, column, strict=True):
-                if tensor.stride() != parameter.stride() or tensor.dtype != parameter.dtype:
+            for parameter, tensor, strides in zip(self.parameters, column, self.table.strides, strict=True):
+                if tensor.stride() != strides or tensor.dtype != dtype:
                     tensor.set_(torch.empty_like(parameter).copy_(tensor))  # type: ignore[call-overload]
         self._columns = [self.parameters, alike, *moments]
         self._tensors = [*self.parameters, *(tensor for column in moments for tensor in column)]
         self.table.bind(self._columns)
 
-    def squares(self, tensors: Sequence[Tensor], out: Tensor) -> None:
-        """The sum of squares of every block of other tensors, laid out like the parameters, into `out`."""
+    def measure_etas(self, scalars: Tensor, etas: Callable[[], Sequence[Tensor]], eta: EtaSums) -> None:
+        """The sum of eta_t^2 over every block, of the second moments as they are; etas: these eta_t, if asked."""
+        if self._route == "cpu":
+            block_update_cpu.eta_norms(self.table, scalars, eta.partial, eta.sums)
+            return
+        tensors = etas()
         self.table.bind([tensors])
-        self._norms_kernel.block_norms(self.table, out)
+        self._norms_kernel.block_norms(self.table, eta.sums)
         self.table.bind(self._columns)
 
     def refresh(self) -> bool:
@@ -176,10 +202,10 @@ class EtaSums:
         """sqrt(d) / ||eta||, d and the norm over all blocks of one stage, for each block: (total,)."""
         return (self._elements / self._pooled(self.sums)).sqrt()[self._slots]
 
-    def renew(self, stamp: object, etas: Callable[[], Sequence[Tensor]]) -> None:
-        """Take the sums of these eta_t, unless those held were left under this stamp."""
+    def renew(self, stamp: object, scalars: Tensor, etas: Callable[[], Sequence[Tensor]]) -> None:
+        """Take the sums for the step that has these scalars, unless those held were left under this stamp."""
         if stamp != self._stamp:
-            self._batch.squares(etas(), self.sums)
+            self._batch.measure_etas(scalars, etas, self)
 
     def left(self, stamp: object) -> None:
         """Note what the sums now belong to."""
