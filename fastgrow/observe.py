@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import kernel_ops
 from .arguments import choice
 from .cuda_graphs import check_not_captured
 from .distributed import replicas_of, together
@@ -355,7 +355,7 @@ class observe:
             readings.scale = self._loss_scale(gradient)
         total = carried_sum(gradient)
         if total is None:
-            total = ops.sum_of_squares(gradient)
+            total = kernel_ops.sum_of_squares(gradient)
             carry(gradient, total)  # a residual sum hands the same tensor to both its branches
         live, whole = self._shares.get(name, (1, 1))  # room is no element of the layer's output
         readings.note(place, name, number, total, gradient.numel() * live // whole)

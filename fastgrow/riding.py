@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import ops
+from . import kernel_ops
 from .kernels.aten import activation_backward
 from .kernels.launch import dense_flat, triton_missing
 from .names import modules_in
@@ -94,7 +94,7 @@ class _Carrying(torch.autograd.Function):
         grad, (x,) = grads[0], ctx.saved_tensors
         if torch.is_grad_enabled() or grad.stride() != x.stride() or grad.dtype != x.dtype or dense_flat(x) is None:
             return activation_backward(grad, x, ctx.activation, ctx.slope), None, None, None
-        out, total = ops.activation_backward(grad, x, ctx.activation, negative_slope=ctx.slope, backend="triton")
+        out, total = kernel_ops.activation_backward(grad, x, ctx.activation, negative_slope=ctx.slope, backend="triton")
         carry(out, total)
         return out, None, None, None
 

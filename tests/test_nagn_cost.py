@@ -174,7 +174,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(x.numel())
         return real(x)
 
-    monkeypatch.setattr(OBSERVE.ops, "sum_of_squares", counted)
+    monkeypatch.setattr(OBSERVE.kernel_ops, "sum_of_squares", counted)
     return found
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import GrowthError
+from ..kernel_ops import ConvGeometry, conv2d_growth_matrix
 from .base import LinearMap, checked_pair, exponent_of, power_of_two, split_scale
 
 __all__ = ["ConvFlattenLinearPair", "ConvPair", "Geometry"]
@@ -205,12 +206,8 @@ class ConvPair(_ConvProducer):
     def unit_dense(self) -> Tensor:
         if self.dims != 2:
             return super().unit_dense()
-        from .. import ops
-
-        producer, consumer = (ops.ConvGeometry(*geometry) for geometry in (self.producer, self.consumer))
-        matrix = ops.conv2d_growth_matrix(
-            self.grad * self._shrink_grad, self.data * self._shrink_data, producer, consumer
-        )
+        producer, consumer = (ConvGeometry(*geometry) for geometry in (self.producer, self.consumer))
+        matrix = conv2d_growth_matrix(self.grad * self._shrink_grad, self.data * self._shrink_data, producer, consumer)
         if not (self.bias or self.centred):
             return matrix
         ones = self.grad.new_ones(1, 1, *[1] * self.dims).expand(self.grad.shape[0], 1, *self.hidden)
