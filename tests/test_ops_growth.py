@@ -211,11 +211,12 @@ import sys
 sys.modules["triton"] = None
 import torch
 torch.cuda._lazy_init = None
-import fastgrow.ops as ops
+import fastgrow as fg
+from fastgrow import ops
 assert ops.sum_of_squares(torch.ones(3)).item() == 3
 try:
     ops.sum_of_squares(torch.ones(3), backend="triton")
-except ops.GrowthError as error:
+except fg.GrowthError as error:
     assert "not installed" in str(error), error
 else:
     raise AssertionError
