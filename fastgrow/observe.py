@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -52,11 +53,20 @@ class _Batch:
     edges: list[Any] = field(default_factory=list)
     unless_norm: dict[str, list[torch.utils.hooks.RemovableHandle]] = field(default_factory=dict)
     closed: bool = False
+    backward: int = -1  # the number of the backward pass that reached it
 
     @property
     def reached(self) -> bool:
         """Whether a backward pass went through it."""
         return bool(self.readings.totals)
+
+
+def _pooled(batches: Sequence[_Batch]) -> list[int]:
+    """For each batch the samples of all forward passes that its backward pass went through: they share one loss."""
+    counts: Counter[int] = Counter()
+    for batch in batches:
+        counts[batch.backward] += batch.capture.samples
+    return [counts[batch.backward] for batch in batches]
 
 
 def _targets(sites: Sites, growth: bool | str | Sequence[str], rank: int | Mapping[str, int]) -> list[str]:
@@ -86,8 +96,10 @@ class observe:
     for signed pairs behind a live ReLU. solvers: name -> another way to solve every site (`SiteView`), read
     by `Observation.solution`. unmapped: sites that only these solvers look at.
 
-    Any number of batches: they are weighted by their samples. The hooks are gone when the block ends;
-    if it ends in an exception nothing is solved.
+    Any number of batches: they are weighted by their samples. Growth matrices of forward passes that one backward pass
+    goes through (two views of a pair, the parts of a batch) add up, as the gradients of weights do; NAGN counts each of
+    them as a batch whose loss is the mean over its samples. The hooks are gone when the block ends; if it ends in an
+    exception nothing is solved.
 
     growth="sketch": for hundreds of batches. The exact way keeps the tensors of every batch to the end; a sketch
     multiplies them inside the backward pass and lets them go, and adds up ``M Omega`` and ``Psi M`` of every site
@@ -353,6 +365,7 @@ class observe:
         readings = batch.readings
         if readings.scale is None:
             readings.scale = self._loss_scale(gradient)
+            batch.backward = torch._C._current_graph_task_id()
         total = carried_sum(gradient)
         if total is None:
             total = ops.sum_of_squares(gradient)
@@ -376,17 +389,18 @@ class observe:
         latest batches may still come."""
         done = [at for at, batch in enumerate(self._batches) if batch.reached and batch.pieces.complete]
         count = max(done, default=-1) + 1 if over else len(self._batches)
+        reached = [batch for batch in self._batches[:count] if batch.reached]  # the others: a forward pass alone
         for batch in self._batches[:count]:
             batch.closed = True
             batch.edges.clear()  # each of them holds the graph that holds the batch
-            if not batch.reached:  # a forward pass alone
-                continue
+        for batch, pooled in zip(reached, _pooled(reached), strict=True):
             read = self._norms.put(batch.readings, batch.capture.samples)
             if self._sketches is not None:
                 self._sketches.check_complete(batch.pieces)
                 n, scale = batch.capture.samples, batch.readings.scale
                 assert scale is not None
-                self._sketches.add(batch.pieces, (n if self._norms.mean else 1) / scale, n, torch.isfinite(read).all())
+                weight = (pooled if self._norms.mean else 1) / scale
+                self._sketches.add(batch.pieces, weight, n, torch.isfinite(read).all())
         del self._batches[:count]
         if self._sketches is not None:
             self._sketches.agree()
@@ -440,8 +454,8 @@ class observe:
     def _solve(self, batches: list[_Batch]) -> None:
         total = self._norms.samples
         weights = [
-            (batch.capture.samples / total if self._norms.mean else 1.0) / float(batch.readings.scale or 1.0)
-            for batch in batches
+            (pooled / total if self._norms.mean else 1.0) / float(batch.readings.scale or 1.0)
+            for batch, pooled in zip(batches, _pooled(batches), strict=True)
         ]
         with together(self._replicas):
             for batch in batches:

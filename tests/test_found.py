@@ -1,0 +1,56 @@
+"""What demanding users met: each test failed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fastgrow as fg
+
+
+def small() -> tuple[nn.Sequential, Tensor, Tensor]:
+    """A network of linear layers in float64, a batch and its targets."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+    return model, torch.randn(16, 8).double(), torch.randn(16, 4).double()
+
+
+def halves(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The mean loss of the whole batch, its samples in two forward passes of unequal size."""
+    return 0.25 * F.mse_loss(model(x[:4]), y[:4]) + 0.75 * F.mse_loss(model(x[4:]), y[4:])
+
+
+def pair(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The loss of two views of each sample."""
+    return F.mse_loss(model(x), model(x.flip(1)))
+
+
+@pytest.mark.parametrize("criterion", [halves, pair], ids=["halves", "pair"])
+def test_forward_passes_of_one_loss_are_one_batch(criterion: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> None:
+    model, x, y = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    report = fg.grow(
+        model, {"0": 2}, sites=fg.find_sites(model, x), optimizer=optimizer, closure=lambda: criterion(model, x, y)
+    )
+    criterion(model, x, y).backward()
+    gradient = model[0].weight.grad
+    assert gradient is not None
+    assert report.predicted_gain == pytest.approx(gradient[16:].square().sum().item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("growth", [True, "sketch"])
+def test_parts_of_a_batch_have_its_growth_matrix(growth: bool | str) -> None:
+    model, x, y = small()
+    sites = fg.find_sites(model, x)
+    found = []
+    for criterion in (halves, lambda model, x, y: F.mse_loss(model(x), y)):
+        with fg.observe(model, sites, growth=growth, rank=4) as seen:
+            criterion(model, x, y).backward()
+        found.append(seen)
+    parts, whole = found
+    assert parts.samples == whole.samples == 16
+    torch.testing.assert_close(parts.directions(4)["0"].values, whole.directions(4)["0"].values)
