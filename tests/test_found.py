@@ -54,3 +54,33 @@ def test_parts_of_a_batch_have_its_growth_matrix(growth: bool | str) -> None:
     parts, whole = found
     assert parts.samples == whole.samples == 16
     torch.testing.assert_close(parts.directions(4)["0"].values, whole.directions(4)["0"].values)
+
+
+class Normed(nn.Module):
+    """A site whose channels pass a norm that mixes them."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 16)
+        self.norm = norm
+        self.outer = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.norm(self.inner(x)))
+
+
+@pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
+@pytest.mark.parametrize("how", [fg.how.Random, fg.how.ZeroOutgoing], ids=lambda how: how.__name__)
+def test_norms_that_mix_channels_keep_the_function_or_refuse(kind: str, how: type[fg.how.How]) -> None:
+    torch.manual_seed(0)
+    model = Normed(getattr(nn, kind)(16, eps=1e-5)).double()
+    x = torch.randn(16, 8).double()
+    before = model(x)
+    sites = fg.find_sites(model, x)
+    if kind == "LayerNorm" or how is fg.how.ZeroOutgoing:
+        with pytest.raises(fg.GrowthError, match="'inner'.*mixes its channels.*Net2Net"):
+            fg.grow(model, {"inner": 16}, how(), sites=sites)
+        assert sites.widths(model) == {"inner": 16}
+    else:
+        fg.grow(model, {"inner": 16}, how(), sites=sites)
+    torch.testing.assert_close(model(x), before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -291,10 +291,11 @@ class How:
         """What is left to do once the model has grown; must not fail."""
 
 
-def refuse_mixing(how: How, site: Site) -> None:
-    """Raises `GrowthError` where a norm mixes the site's channels: new ones that are not zero change the others."""
+def refuse_mixing(how: How, site: Site, kinds: Collection[str] = ("layer_norm", "rms_norm")) -> None:
+    """Raises `GrowthError` where a norm mixes the site's channels: new ones that are not zero change the others, and
+    under a LayerNorm those that are zero too."""
     for norm in site.norms:
-        if norm.kind in ("layer_norm", "rms_norm"):
+        if norm.kind in kinds:
             raise GrowthError(
                 f"site {site.name!r}: {norm.module!r} ({norm.kind}) mixes its channels, so how.{how.name} would "
                 "change what the present units write; copy all of them (how.Net2Net, units = the width)"
