@@ -135,6 +135,10 @@ class Observation:
         try:
             torch.autograd.grad(loss, edges, allow_unused=True)
         except RuntimeError as error:
+            if "backward through the graph a second time" in str(error):
+                raise GrowthError(
+                    "the closure's loss has been backpropagated already; return it without calling backward()"
+                ) from error
             if "heckpoint" not in str(error):
                 raise
             raise GrowthError(

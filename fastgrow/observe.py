@@ -54,6 +54,7 @@ class _Batch:
     unless_norm: dict[str, list[torch.utils.hooks.RemovableHandle]] = field(default_factory=dict)
     closed: bool = False
     backward: int = -1  # the number of the backward pass that reached it
+    differentiable: set[tuple[str, int]] = field(default_factory=set)  # calls whose gradients came with create_graph
 
     @property
     def reached(self) -> bool:
@@ -175,6 +176,7 @@ class observe:
             )
         self._streams = self._sketches is not None or not names  # nothing of a batch is kept once it is over
         self._multiplying = False
+        self._watching = False
         self._calls: list[tuple[_Batch, FlatTexts | None]] = []  # forward passes under way
         self._stack = contextlib.ExitStack()
 
@@ -223,6 +225,8 @@ class observe:
 
     def _install(self) -> None:
         check_not_captured(self.model)
+        self._watching = True
+        self._stack.callback(self._ended)
         if "torch._dynamo" in sys.modules:  # compiled code was traced without the hooks
             self._stack.enter_context(torch.compiler.set_stance("force_eager"))
         self._stack.enter_context(attention_opened(self.model))
@@ -252,6 +256,9 @@ class observe:
             for info in self.sites.layers.values():
                 if info.norm is not None and (norm := find_module(self.model, info.norm)) is not None:
                     self._hook(norm.register_forward_hook(self._norm_watcher(info.name)))
+
+    def _ended(self) -> None:
+        self._watching = False  # hooks on tensors live as long as their graph
 
     def _hook(self, handle: torch.utils.hooks.RemovableHandle) -> None:
         self._stack.callback(handle.remove)
@@ -319,12 +326,22 @@ class observe:
             batch.capture.called.add(key)
 
         def arrived(gradient: Tensor) -> None:
+            if not self._watching:
+                return
             self._measure(batch, "own" if measured else "check", name, number, gradient)
             if not consumes:
                 return
             gradient = gradient.detach()
             if self._sketches is None:
                 kept = batch.capture.gradients.get(key)
+                if torch.is_grad_enabled():  # the backward pass builds a graph of its own
+                    batch.differentiable.add(key)
+                if kept is not None and key in batch.differentiable:
+                    raise GrowthError(
+                        f"layer {name!r}: a backward pass with create_graph=True went through it before another one, "
+                        "and a loss that depends on gradients has no growth matrix; leave the penalty out of what is "
+                        "observed, take Hessian products behind the block, or use a method that reads no gradients"
+                    )
                 batch.capture.gradients[key] = gradient if kept is None else kept + gradient
             elif self._sketches.wants("gradient", key):
                 batch.capture.gradients[key] = gradient
@@ -350,7 +367,9 @@ class observe:
                 batch = self._batch(output)
                 number = batch.calls.get(f"{layer} (norm)", 0)
                 batch.calls[f"{layer} (norm)"] = number + 1
-                output.register_hook(lambda g: self._measure(batch, "norm", layer, number, g))
+                output.register_hook(
+                    lambda g: self._measure(batch, "norm", layer, number, g) if self._watching else None
+                )
                 for handle in batch.unless_norm.pop(layer, ()):
                     handle.remove()
 

@@ -84,3 +84,45 @@ def test_norms_that_mix_channels_keep_the_function_or_refuse(kind: str, how: typ
     else:
         fg.grow(model, {"inner": 16}, how(), sites=sites)
     torch.testing.assert_close(model(x), before)
+
+
+def test_backward_passes_behind_the_block_are_not_observed() -> None:
+    model, x, y = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    grower = fg.Grower(model, optimizer, example_inputs=x, when=fg.when.Every(2), where=fg.where.NAGN())
+    for _ in range(4):
+        with grower.observe():
+            loss = F.mse_loss(model(x), y)
+            gradients = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+        torch.stack([gradient.square().sum() for gradient in gradients]).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        grower.step()
+    assert len(grower.history) == 2
+
+
+def test_a_loss_that_depends_on_gradients_is_refused() -> None:
+    model, x, y = small()
+
+    def penalised() -> Tensor:
+        inputs = x.clone().requires_grad_()
+        output = model(inputs)
+        (slope,) = torch.autograd.grad(output.sum(), inputs, create_graph=True)
+        return F.mse_loss(output, y) + slope.square().mean()
+
+    with pytest.raises(fg.GrowthError, match="'2'.*create_graph=True"):
+        fg.grow(model, {"0": 2}, sites=fg.find_sites(model, x), closure=penalised)
+    assert model[0].out_features == 16
+    fg.grow(model, {"0": 2}, fg.how.ZeroOutgoing(), sites=fg.find_sites(model, x))
+
+
+def test_a_closure_that_calls_backward_is_told() -> None:
+    model, x, y = small()
+
+    def closure() -> Tensor:
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    with pytest.raises(fg.GrowthError, match="return it without calling backward"):
+        fg.grow(model, {"0": 2}, sites=fg.find_sites(model, x), closure=closure)
