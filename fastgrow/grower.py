@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
@@ -17,12 +17,14 @@ from .distributed import replicas_of
 from .errors import GrowthError
 from .gain import GainMeter
 from .grow import GrowthReport, SiteGrowth, grow_observed, observe_closure, observing
+from .growth_map import check_mapped
 from .how import GradMax, How
 from .insert import insert_layer
 from .names import find_module
 from .natural import natural_directions
 from .observation import Observation
 from .observe import observe as Observer
+from .plan import check_units
 from .ranks import ActivationRanks, weight_ranks
 from .reserve import check_method, check_room
 from .reserve import reserve as make_room
@@ -130,14 +132,42 @@ class Grower:
         self._blocks = self._wanted = 0  # seen since the measurement began, and how many it lasts
         self._for_gain = False
         self._observe_seconds = 0.0
-        if self.growth == "sketch":
-            self._observer(self._needs())  # refuses by name what cannot be sketched, before training begins
+        self._check_method()
+        if needs := self._needs():
+            self._observer(needs)  # refuses by name what cannot be observed, before training begins
         if isinstance(reserve, Mapping):
             present = sites.widths(model) if newest_stage(unwrap(model)) else {}  # a run that is resumed may be past it
             widths = {name: width for name, width in reserve.items() if present.get(name, 0) < width}
             if widths:
                 make_room(model, widths, sites=sites, how=self.how, optimizer=self.optimizers, also=self.also)
         self._arm_ahead()
+
+    def _check_method(self) -> None:
+        """Refuses sites that the policy may ask for and the method cannot grow: now, not once a growth is due."""
+        refused: dict[str, str] = {}
+        mapped = (self.how.needs_directions and self.how.reads_growth) or self.where.reads & {"directions", "natural"}
+        offered = self._offered()
+        widths = offered.widths(self.model)
+        for site in offered:
+            asked = self.where.most(site, widths[site.name])
+            if units := self.where.rounded(site, widths[site.name], asked):
+                try:
+                    check_units(self.model, self.sites, site.name, units, self.how)
+                    if mapped:
+                        check_mapped(site)
+                except GrowthError as error:
+                    refused[site.name] = str(error)
+        if refused:
+            raise GrowthError(
+                f"Grower: {next(iter(refused.values()))}. To grow the others: "
+                f"sites=fastgrow.find_sites(model, inputs, exclude={list(refused)})"
+            )
+
+    def _offered(self) -> Sites:
+        """The sites, with the multiples in which the method grows them at their present widths."""
+        widths = self.sites.widths(self.model)
+        items = [replace(site, multiple=self.how.multiple(site, widths[site.name])) for site in self.sites]
+        return replace(self.sites, items=tuple(items))
 
     @property
     def _span(self) -> int:
@@ -232,12 +262,13 @@ class Grower:
         if has_room(self.model):
             check_method(self.how)
         sketch = self.growth == "sketch" if sketch is None else sketch
-        widths = self.sites.widths(self.model)
         growth: dict[str, Any] = {"growth": False}
         if needs & {"directions", "natural"}:
+            offered = self._offered()
+            widths = offered.widths(self.model)
             wishes = {
                 site.name: self.where.rounded(site, widths[site.name], self.where.most(site, widths[site.name]))
-                for site in self.sites
+                for site in offered
             }
             room = {name: wish for name, wish in wishes.items() if wish}
             growth = observing(self.sites, room, self.how)
@@ -358,7 +389,7 @@ class Grower:
         unit_parameters, unit_flops = unit_costs(self.model, self.sites, price)
         parameters, flops = price({})
         return Evidence(
-            sites=self.sites,
+            sites=self._offered(),
             widths=self.sites.widths(self.model),
             nagn=seen.nagn if seen is not None else {},
             nagn_after_norm=seen.nagn_after_norm if seen is not None else {},

@@ -16,7 +16,7 @@ from .replay import Capture, Replay, ReplayMap, derivative_from_the_right
 from .sites import LayerCall, Site, Sites
 from .sites.nodes import bind, conv_padding, module_of, plain_name, short_name
 
-__all__ = ["growth_map", "stacked_pairs"]
+__all__ = ["check_mapped", "growth_map", "stacked_pairs"]
 
 _PASSES = frozenset(
     "dropout feature_dropout alpha_dropout feature_alpha_dropout contiguous clone alias detach to view reshape flatten "
@@ -150,16 +150,8 @@ def _even(call: LayerCall) -> bool:
     return all(before == after for before, after in conv_padding(bound["padding"], kernel, dilation))
 
 
-def growth_map(
-    model: nn.Module,
-    sites: Sites,
-    site: Site,
-    captures: Sequence[Capture],
-    weights: Sequence[float],
-    *,
-    bias: bool = False,
-) -> LinearMap:
-    """M of a site over several batches, each with its weight."""
+def check_mapped(site: Site) -> None:
+    """Raises `GrowthError` for a site that has no growth matrix."""
     for norm in site.norms:
         if norm.kind == "layer_norm":
             raise GrowthError(
@@ -171,6 +163,19 @@ def growth_map(
             f"site {site.name!r}: {site.tied[0]!r} is tied, producer and consumer at once, so its new entries cannot "
             "be zero on one side only; exclude the site, or untie the weights"
         )
+
+
+def growth_map(
+    model: nn.Module,
+    sites: Sites,
+    site: Site,
+    captures: Sequence[Capture],
+    weights: Sequence[float],
+    *,
+    bias: bool = False,
+) -> LinearMap:
+    """M of a site over several batches, each with its weight."""
+    check_mapped(site)
     chain = _chain_of(sites, site)
     maps: list[LinearMap] = []
     for capture, weight in zip(captures, weights, strict=True):

@@ -20,6 +20,7 @@ from .cuda_graphs import check_not_captured
 from .distributed import replicas_of, together
 from .errors import GrowthError
 from .functional import FlatTexts, FunctionalLayers
+from .growth_map import check_mapped
 from .names import find_module, find_tensor
 from .nn import attention_opened
 from .observation import Observation
@@ -164,6 +165,9 @@ class observe:
         self._signed = frozenset(signed)
         self._solvers = dict(solvers or {})
         self._unmapped = frozenset(unmapped)
+        for site in self._targets:
+            if site.name not in self._unmapped:
+                check_mapped(site)
         self._sketches: SiteSketches | None = None
         if growth == "sketch":
             if self._solvers:

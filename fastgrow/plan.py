@@ -11,6 +11,7 @@ from .arguments import whole
 from .costs import pricing
 from .errors import GrowthError
 from .how import GradMax, How
+from .how.base import site_multiple
 from .sites import Site, Sites, live_tensors, unwrap
 
 __all__ = ["Plan", "check_units", "plan"]
@@ -80,8 +81,7 @@ def check_units(model: nn.Module, sites: Sites, name: str, count: object, how: H
     """The units asked for at one site; raises `GrowthError` where the site or the method cannot grow by them."""
     site: Site = sites[name]
     wanted = whole(f"site {name!r}", "units", count)
-    duplicated = any(norm.kind == "layer_norm" for norm in site.norms)
-    multiple = sites.width(model, site) if duplicated else site.multiple
+    multiple = site_multiple(site, sites.width(model, site))
     if wanted % multiple:
         raise GrowthError(f"site {name!r}: {wanted} units were asked for; it grows in multiples of {multiple}")
     how.check(site, wanted)

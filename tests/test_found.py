@@ -126,3 +126,61 @@ def test_a_closure_that_calls_backward_is_told() -> None:
 
     with pytest.raises(fg.GrowthError, match="return it without calling backward"):
         fg.grow(model, {"0": 2}, sites=fg.find_sites(model, x), closure=closure)
+
+
+class Called(nn.Module):
+    """A ReLU that is a function call, in front of a stream that a LayerNorm reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 10)
+        self.b = nn.Linear(10, 6)
+        self.norm = nn.LayerNorm(6)
+        self.c = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.norm(self.b(torch.relu(self.a(x)))))
+
+
+def looped(grower: fg.Grower, x: Tensor, y: Tensor, steps: int) -> None:
+    (optimizer,) = grower.optimizers
+    for _ in range(steps):
+        with grower.observe():
+            F.mse_loss(grower.model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        grower.step()
+
+
+@pytest.mark.parametrize(
+    ("how", "name", "widths"),
+    [
+        (fg.how.GradMax(), "a", [12, 14]),  # signed pairs
+        (fg.how.VarianceTransfer(), "a", [12, 14]),  # pairs
+        (fg.how.Net2Net(), "b", [12, 24]),  # a LayerNorm's channels all copied, twice
+        (fg.how.Sparkling(), "b", [12, 24]),
+    ],
+    ids=["GradMax", "VarianceTransfer", "Net2Net", "Sparkling"],
+)
+def test_policies_ask_for_what_the_method_can_grow(how: fg.how.How, name: str, widths: list[int]) -> None:
+    torch.manual_seed(0)
+    model, x, y = Called(), torch.randn(16, 8), torch.randn(16, 4)
+    grower = fg.Grower(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        sites=fg.find_sites(model, x, include=[name]),
+        when=fg.when.Every(2),
+        where=fg.where.Everywhere(units=1),
+        how=how,
+    )
+    looped(grower, x, y, 4)
+    assert [report.sites[0].new_width for report in grower.history] == widths
+
+
+@pytest.mark.parametrize("how", [fg.how.GradMax(), fg.how.Random()], ids=["GradMax", "Random"])
+def test_a_site_that_the_method_cannot_grow_is_refused_before_training(how: fg.how.How) -> None:
+    model, x = Called(), torch.randn(16, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(fg.GrowthError, match=r"'b'.*'norm'.*exclude=\['b'\]"):
+        fg.Grower(model, optimizer, example_inputs=x, when=fg.when.Plateau(), where=fg.where.NAGN(), how=how)
+    fg.Grower(model, optimizer, example_inputs=x, when=fg.when.Plateau(), where=fg.where.Everywhere({"a": 2}), how=how)

@@ -23,7 +23,7 @@ from .units import gather
 if TYPE_CHECKING:
     from ..rehearsal import Rehearsal
 
-__all__ = ["How", "Newborns", "Start", "refuse_mixing"]
+__all__ = ["How", "Newborns", "Start", "refuse_mixing", "site_multiple"]
 
 
 @dataclass
@@ -260,6 +260,10 @@ class How:
     def check(self, site: Site, units: int) -> None:
         """Raises `GrowthError` where the method cannot grow this site by so many units."""
 
+    def multiple(self, site: Site, width: int) -> int:
+        """The units that come together where this method grows a site of this width."""
+        return site_multiple(site, width)
+
     def rank(self, site: Site, units: int) -> int:
         """Directions wanted for so many units; 0 where none are needed."""
         return units // site.step if self.needs_directions else 0
@@ -289,6 +293,11 @@ class How:
 
     def settle(self, model: nn.Module, optimizers: Iterable[Any]) -> None:
         """What is left to do once the model has grown; must not fail."""
+
+
+def site_multiple(site: Site, width: int) -> int:
+    """The units that come together whatever the method is: a LayerNorm's channels are all copied equally often."""
+    return width if any(norm.kind == "layer_norm" for norm in site.norms) else site.multiple
 
 
 def refuse_mixing(how: How, site: Site, kinds: Collection[str] = ("layer_norm", "rms_norm")) -> None:
