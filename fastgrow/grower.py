@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .arguments import choice, whole
+from .arguments import choice, copies_of, instance, whole
 from .costs import pricing, unit_costs
 from .distributed import replicas_of
 from .errors import GrowthError
@@ -87,7 +87,7 @@ class Grower:
         when: When,
         where: Where | None = None,
         how: How | None = None,
-        also: Iterable[nn.Module] = (),
+        also: nn.Module | Iterable[nn.Module] = (),
         accumulation: int = 1,
         batches: int = 1,
         every: int = 1,
@@ -101,16 +101,16 @@ class Grower:
             if example_inputs is None:
                 raise GrowthError("Grower: give example_inputs= to find the sites with, or sites=")
             sites = find_sites(model, example_inputs)
-        if not sites:
+        if not instance("Grower", "sites", sites, Sites):
             reasons = "; ".join(f"{name}: {why}" for name, why in list(sites.frozen.items())[:5])
             raise GrowthError(f"Grower: nothing in the model can grow ({reasons or 'it has no layers'})")
         self.model = model
         self.optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
         self.sites = sites
-        self.when = when
-        self.where = where if where is not None else Everywhere(fraction=0.25)
-        self.how = how if how is not None else GradMax()
-        self.also = list(also)
+        self.when = instance("Grower", "when", when, When)
+        self.where = Everywhere(fraction=0.25) if where is None else instance("Grower", "where", where, Where)
+        self.how = GradMax() if how is None else instance("Grower", "how", how, How)
+        self.also = copies_of(also)
         self.accumulation = whole("Grower", "accumulation", accumulation)
         self.batches = whole("Grower", "batches", batches)
         self.every = whole("Grower", "every", every)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import whole
 from .errors import GrowthError
 from .readings import NormSums
 from .sites import Sites
@@ -97,6 +98,7 @@ class Observation:
         M is the mean over samples for a mean loss, the sum for a sum loss, in units of the unscaled loss.
         raises: GrowthError where k exceeds the ``rank`` that was observed.
         """
+        whole("directions", "k", k)
         if self._directions is None:
             raise GrowthError("no growth matrix was observed: use observe(..., growth=True) around a backward pass")
         return {name: self.site_directions(name, k) for name in self._directions}

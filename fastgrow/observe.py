@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .arguments import choice
+from .arguments import choice, number, whole
 from .cuda_graphs import check_not_captured
 from .distributed import replicas_of, together
 from .errors import GrowthError
@@ -138,7 +137,7 @@ class observe:
         if loss_reduction not in ("mean", "sum"):
             raise GrowthError(f"loss_reduction={loss_reduction!r} was given; wanted 'mean' or 'sum'")
         scaled = hasattr(loss_scale, "get_scale")
-        if not scaled and (not math.isfinite(float(loss_scale)) or float(loss_scale) == 0):
+        if not scaled and number("observe", "loss_scale", loss_scale) == 0:
             raise GrowthError(f"loss_scale={loss_scale!r} was given; wanted a finite number other than 0")
         self.model = unwrap(model)
         self.sites = sites
@@ -155,10 +154,8 @@ class observe:
         if has_room(self.model):
             self._shares = live_shares(self.model, sites)
             check_told_apart(self.model, self._targets)
-        self._rank = dict(rank) if isinstance(rank, Mapping) else {name: int(rank) for name in names}
-        for name in names:
-            if self._rank.get(name, 0) < 1:
-                raise GrowthError(f"site {name!r}: rank={self._rank.get(name)} was given; wanted at least 1")
+        ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(names, rank)
+        self._rank = {name: whole(f"site {name!r}", "rank", ranks.get(name)) for name in names}
         self._nagn = bool(nagn)
         self._scale = loss_scale
         self._bias = bias

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -184,3 +185,60 @@ def test_a_site_that_the_method_cannot_grow_is_refused_before_training(how: fg.h
     with pytest.raises(fg.GrowthError, match=r"'b'.*'norm'.*exclude=\['b'\]"):
         fg.Grower(model, optimizer, example_inputs=x, when=fg.when.Plateau(), where=fg.where.NAGN(), how=how)
     fg.Grower(model, optimizer, example_inputs=x, when=fg.when.Plateau(), where=fg.where.Everywhere({"a": 2}), how=how)
+
+
+CALLS: dict[str, tuple[str, Callable[..., object]]] = {
+    "a method's class": ("how=the class GradMax.*write GradMax", lambda **c: fg.grow(**c | {"how": fg.how.GradMax})),
+    "a method's name": ("how='gradmax'", lambda **c: fg.grow(**c | {"how": "gradmax"})),
+    "a position": ("units=.*site name", lambda **c: fg.grow(**c | {"units": {0: 2}})),
+    "a loss": ("closure is a Tensor", lambda **c: fg.grow(**c | {"closure": c["closure"]()})),
+    "a list of sites": ("sites=", lambda **c: fg.grow(**c | {"sites": ["0"]})),
+    "a plan of a list": ("units=.*site name", lambda **c: fg.plan(c["model"], ["0"], sites=c["sites"])),
+    "when's class": ("write Plateau", lambda **c: grower(c, when=fg.when.Plateau)),
+    "where's class": ("write NAGN", lambda **c: grower(c, where=fg.where.NAGN)),
+    "how's class": ("write GradMax", lambda **c: grower(c, how=fg.how.GradMax)),
+    "how for where": ("instance of Where", lambda **c: grower(c, where=fg.how.GradMax())),
+    "names for sites": ("instance of Sites", lambda **c: grower(c, sites=["0"])),
+    "a reduction": ("loss_reduction='none'", lambda **c: grower(c, loss_reduction="none")),
+    "a scale": ("loss_scale='x'", lambda **c: grower(c, loss_scale="x")),
+    "a rank": ("rank=2.5", lambda **c: fg.observe(c["model"], c["sites"], rank=2.5)),
+    "a negative count": ("k=-1", lambda **c: seen(**c).directions(-1)),
+    "a grower for its history": ("grower.history", lambda **c: fg.report(grower(c))),
+}
+
+
+def grower(call: dict[str, object], **options: object) -> fg.Grower:
+    model = call["model"]
+    assert isinstance(model, nn.Module)
+    options = {"sites": call["sites"], "when": fg.when.Every(5), **options}
+    return fg.Grower(model, torch.optim.SGD(model.parameters(), lr=0.1), **options)  # type: ignore[arg-type]
+
+
+def seen(model: nn.Module, sites: fg.Sites, closure: Callable[[], Tensor], **rest: object) -> fg.Observation:
+    with fg.observe(model, sites) as found:
+        closure().backward()
+    return found
+
+
+@pytest.mark.parametrize("wrong", CALLS)
+def test_wrong_calls_say_what_was_wanted(wrong: str) -> None:
+    model, x, y = small()
+    call = {
+        "model": model,
+        "units": {"0": 2},
+        "sites": fg.find_sites(model, x),
+        "closure": lambda: F.mse_loss(model(x), y),
+    }
+    message, act = CALLS[wrong]
+    with pytest.raises(fg.GrowthError, match=message):
+        act(**call)
+
+
+def test_one_copy_may_stand_for_a_list() -> None:
+    model, x, y = small()
+    average = copy.deepcopy(model)
+    fg.grow(model, {"0": 2}, sites=fg.find_sites(model, x), also=average, closure=lambda: F.mse_loss(model(x), y))
+    assert average[0].out_features == 18
+    assert fg.Grower(
+        model, None, sites=fg.find_sites(model, x), when=fg.when.Every(5), how=fg.how.Random(), also=average
+    ).also == [average]
