@@ -79,6 +79,11 @@ class LayerCall:
     equation: str = ""
     source: Node | None = None
 
+    @property
+    def transposed(self) -> bool:
+        """Whether this is a transposed convolution, grouped or not."""
+        return self.kind in ("conv_transpose", "grouped") and self.out_dim == 1
+
     def letters(self) -> tuple[str, str, str]:
         """Of a stacked layer's input, weight and output."""
         x, _, rest = self.equation.partition(",")
