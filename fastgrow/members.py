@@ -13,7 +13,6 @@ from torch import Tensor
 from .errors import GrowthError
 from .layout import restricted_size
 from .sites import Site, Sites
-from .sites.nodes import bind
 
 __all__ = ["Channels", "Side"]
 
@@ -99,7 +98,7 @@ def _incoming(
 ) -> tuple[list[Tensor], int]:
     """Each layer's entries (channels, n_c) that do not gate, and the length of a unit's incoming vector."""
     calls = sites.graph.calls if sites.graph is not None else ()
-    fans = {call.name: int(bind(call.node)["groups"]) for call in calls if call.kind == "grouped" and call.transposed}
+    fans = {call.name: call.fan for call in calls if call.fan > 1}
     into: list[Tensor] = []
     offset = 0
     for name in site.producers:
