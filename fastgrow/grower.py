@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
@@ -285,15 +286,27 @@ class Grower:
         return Observer(self.model, self.sites, nagn=_places(needs), **growth, **self._options)
 
     def _gains(self, seen: Observation) -> dict[str, float]:
-        """What growth would gain, relative to what the present parameters' gradient gains."""
+        """What growth would gain, relative to what the present parameters' gradient gains; nothing where that one
+        overflowed."""
         squares = [
             whole_tensor(p.grad.detach().float().square().sum())
             for p in unwrap(self.model).parameters()
             if p.grad is not None
         ]
-        present = float(torch.stack(squares).sum()) if squares else 0.0
+        present = float(torch.stack(squares).sum()) / self._unit() ** 2 if squares else 0.0
+        if not math.isfinite(present):
+            return {}
         found = seen.all_directions()
         return {name: float(d.values.square().sum()) / max(present, 1e-300) for name, d in found.items()}
+
+    def _unit(self) -> float:
+        """What the parameters' ``.grad`` must be divided by to be in the units of growth matrices."""
+        scale: Any = self._options["loss_scale"]
+        scale = float(scale.get_scale() if hasattr(scale, "get_scale") else scale)
+        if self._options["loss_reduction"] == "mean":  # a growth matrix is the mean over micro-batches, .grad their sum
+            return scale * self.accumulation
+        # both are sums, over all measured steps and over the last
+        return scale / math.ceil(self._wanted / (self.accumulation * self.every))
 
     # -- step -----------------------------------------------------------------------------------------
 
