@@ -25,6 +25,7 @@ from .integrations.config import follow_configs
 from .nn import Beside, MultiheadAttention, original
 from .observation import Observation
 from .observe import observe
+from .optimizer_state import check_trained
 from .plan import check_units, checked_units
 from .rehearsal import Rehearsal, checked_loss, preserved
 from .reserve import check_method, fitted, release
@@ -221,6 +222,7 @@ def _grown_together(
     """All sites in one transaction; how they started, and the activations replaced."""
     replicas = replicas_of(model)
     with torch.no_grad(), together(replicas):
+        check_trained(unwrap(model), optimizers)
         how.check_optimizers(optimizers)
         if how.needs_closure:
             if closure is None:

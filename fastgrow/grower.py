@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .arguments import choice, copies_of, instance, whole
+from .arguments import as_list, choice, copies_of, instance, whole
 from .costs import pricing, unit_costs
 from .distributed import replicas_of
 from .errors import GrowthError
@@ -25,6 +25,7 @@ from .names import find_module
 from .natural import natural_directions
 from .observation import Observation
 from .observe import observe as Observer
+from .optimizer_state import check_trained
 from .plan import check_units
 from .ranks import ActivationRanks, weight_ranks
 from .reserve import check_method, check_room
@@ -106,7 +107,8 @@ class Grower:
             reasons = "; ".join(f"{name}: {why}" for name, why in list(sites.frozen.items())[:5])
             raise GrowthError(f"Grower: nothing in the model can grow ({reasons or 'it has no layers'})")
         self.model = model
-        self.optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+        self.optimizers = as_list(optimizer)
+        check_trained(unwrap(model), self.optimizers)
         self.sites = sites
         self.when = instance("Grower", "when", when, When)
         self.where = Everywhere(fraction=0.25) if where is None else instance("Grower", "where", where, Where)

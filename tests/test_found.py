@@ -299,3 +299,16 @@ def test_gains_do_not_move_with_scale_reduction_and_accumulation(
 
     plain = first(1, "mean", 1.0)
     assert first(accumulation, reduction, factor, loss_scale=scale, batches=batches) == pytest.approx(plain, rel=1e-10)
+
+
+def test_an_optimizer_of_other_parameters_is_refused() -> None:
+    model, x, y = small()
+    stale = torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.1)
+    sites = fg.find_sites(model, x)
+    with pytest.raises(fg.GrowthError, match="none of them of this Sequential"):
+        fg.grow(model, {"0": 2}, sites=sites, optimizer=stale, closure=lambda: F.mse_loss(model(x), y))
+    with pytest.raises(fg.GrowthError, match="none of them of this Sequential"):
+        fg.Grower(model, stale, sites=sites, when=fg.when.Every(5))
+    own = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    fg.grow(model, {"0": 2}, sites=sites, optimizer=[stale, own], closure=lambda: F.mse_loss(model(x), y))
+    assert own.param_groups[0]["params"][0] is model[2].weight
