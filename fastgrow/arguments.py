@@ -7,9 +7,11 @@ import operator
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
+from torch import nn
+
 from .errors import GrowthError
 
-__all__ = ["as_list", "choice", "number", "whole"]
+__all__ = ["as_list", "choice", "copies_of", "instance", "number", "whole"]
 
 T = TypeVar("T")
 
@@ -19,6 +21,20 @@ def as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def copies_of(also: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
+    """The copies that must follow, one or any number; a Sequential is one, though it can be iterated."""
+    return [also] if isinstance(also, nn.Module) and not isinstance(also, nn.ModuleList) else list(also)
+
+
+def instance(owner: str, argument: str, value: T, kind: type[Any]) -> T:
+    """An instance of `kind`."""
+    if not isinstance(value, kind):
+        seen = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
+        hint = f": write {value.__name__}(...)" if isinstance(value, type) and issubclass(value, kind) else ""
+        raise GrowthError(f"{owner}: {argument}={seen} was given; wanted an instance of {kind.__name__}{hint}")
+    return value
 
 
 def whole(owner: str, argument: str, value: Any, least: int = 1) -> int:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import stages
-from .arguments import as_list
+from .arguments import as_list, copies_of
 from .distributed import replicas_of, together
 from .errors import GrowthError
 from .insertions import Insertion, insertions, reinsert
@@ -54,7 +54,7 @@ def save(
     optimizer: Any = None,
     grower: Grower | None = None,
     *,
-    also: Iterable[nn.Module] = (),
+    also: nn.Module | Iterable[nn.Module] = (),
     rng: bool = False,
     values: bool = True,
 ) -> None:
@@ -103,7 +103,7 @@ def load(
     optimizer: Any = None,
     grower: Grower | None = None,
     *,
-    also: Iterable[nn.Module] = (),
+    also: nn.Module | Iterable[nn.Module] = (),
     rng: bool = False,
 ) -> nn.Module:
     """Read a file of `save` into a freshly built seed model, which is widened first.
@@ -425,9 +425,11 @@ def _check_companions(
         raise GrowthError(f"{source} holds no random state; it was saved without rng=True")
 
 
-def _companions(optimizer: Any, grower: Grower | None, also: Iterable[nn.Module]) -> tuple[list[Any], list[nn.Module]]:
+def _companions(
+    optimizer: Any, grower: Grower | None, also: nn.Module | Iterable[nn.Module]
+) -> tuple[list[Any], list[nn.Module]]:
     optimizers = list(grower.optimizers) if optimizer is None and grower is not None else as_list(optimizer)
-    copies = list(also)
+    copies = copies_of(also)
     return optimizers, copies or ([] if grower is None else list(grower.also))
 
 

@@ -41,7 +41,7 @@ def pricing(model: nn.Module, sites: Sites) -> Price:
         for call in graph.calls if graph is not None else ():
             if call.kind == "embedding" or call.weight not in lengths:
                 continue
-            source = call.node.args[0] if call.kind == "conv_transpose" else call.node
+            source = call.node.args[0] if call.transposed else call.node
             shape = source.meta["val"].shape  # type: ignore[union-attr]
             products = lengths[call.weight] * math.prod(shape) / shape[call.channel]
             if call.kind == "stacked":  # each member's output is made by its own matrix

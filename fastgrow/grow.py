@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import as_list
+from .arguments import as_list, copies_of, instance
 from .cuda_graphs import check_not_captured
 from .distributed import Replicas, replicas_of, together
 from .edits import EditBuilder, Edits, build_edits
@@ -26,7 +26,8 @@ from .newborns import Newborns, Start
 from .nn import Beside, MultiheadAttention, original
 from .observation import Observation
 from .observe import observe
-from .plan import check_units
+from .optimizer_state import check_trained
+from .plan import check_units, checked_units
 from .rehearsal import Rehearsal, checked_loss, preserved
 from .reserve import check_method, fitted, release
 from .room import has_room, live_parameters
@@ -53,7 +54,7 @@ def grow(
     *,
     sites: Sites | None = None,
     optimizer: Any = None,
-    also: Iterable[nn.Module] = (),
+    also: nn.Module | Iterable[nn.Module] = (),
     closure: Callable[[], Tensor] | None = None,
     seen: Observation | None = None,
     measure_gain: bool = False,
@@ -77,12 +78,13 @@ def grow(
     cannot grow, for units that are no positive multiple, and for gradients that are not finite; exceptions
     of the closure pass unchanged.
     """
-    how = how if how is not None else GradMax()
+    how = GradMax() if how is None else instance("grow", "how", how, How)
     if sites is None:
         if closure is None:
             raise GrowthError("grow needs sites= (from find_sites), or a closure= from whose call they can be found")
         sites = find_sites(model, inputs_of(model, closure))
-    optimizers = as_list(optimizer)
+    instance("grow", "sites", sites, Sites)
+    optimizers, copies = as_list(optimizer), copies_of(also)
     wanted = _wanted(model, sites, units, how)
     meter = GainMeter(model, sites, optimizers, closure) if measure_gain else None
     started = time.perf_counter()
@@ -90,7 +92,7 @@ def grow(
         if closure is None:
             raise GrowthError(f"{how.name} reads gradients: give closure=, a function that returns the loss")
         seen = observe_closure(model, observe(model, sites, nagn=False, **observing(sites, wanted, how)), closure)
-    report = _grown(model, sites, wanted, how, seen, optimizers, list(also), closure)
+    report = _grown(model, sites, wanted, how, seen, optimizers, copies, closure)
     report.seconds = time.perf_counter() - started
     if meter is not None:
         meter.fill(report)
@@ -167,6 +169,7 @@ def _grown_together(
     """All sites in one transaction; how they started, and the activations replaced."""
     replicas = replicas_of(model)
     with torch.no_grad(), together(replicas):
+        check_trained(unwrap(model), optimizers)
         how.check_optimizers(optimizers)
         if how.needs_closure:
             if closure is None:
@@ -289,8 +292,7 @@ def _rehearsed(
 
 def _wanted(model: nn.Module, sites: Sites, units: Mapping[str, int], how: How) -> dict[str, int]:
     """Units of each site, checked; the first rank's under DistributedDataParallel or FSDP2."""
-    if not isinstance(units, Mapping):
-        raise GrowthError(f"units={units!r} was given; wanted a mapping {{site name: units}}")
+    checked_units(units)
     check_not_captured(model)
     replicas = replicas_of(model)
     if replicas is not None:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .arguments import choice, whole
+from .arguments import as_list, choice, copies_of, instance, whole
 from .costs import pricing, unit_costs
 from .distributed import replicas_of
 from .errors import GrowthError
 from .gain import GainMeter
 from .grow import grow_observed, observe_closure, observing
+from .growth_map import check_mapped
 from .growth_report import GrowthReport, SiteGrowth
 from .how import GradMax, How
 from .insert import insert_layer
@@ -24,6 +26,8 @@ from .names import find_module
 from .natural import natural_directions
 from .observation import Observation
 from .observe import observe as Observer
+from .optimizer_state import check_trained
+from .plan import check_units
 from .ranks import ActivationRanks, weight_ranks
 from .reserve import check_method, check_room
 from .reserve import reserve as make_room
@@ -86,7 +90,7 @@ class Grower:
         when: When,
         where: Where | None = None,
         how: How | None = None,
-        also: Iterable[nn.Module] = (),
+        also: nn.Module | Iterable[nn.Module] = (),
         accumulation: int = 1,
         batches: int = 1,
         every: int = 1,
@@ -100,16 +104,17 @@ class Grower:
             if example_inputs is None:
                 raise GrowthError("Grower: give example_inputs= to find the sites with, or sites=")
             sites = find_sites(model, example_inputs)
-        if not sites:
+        if not instance("Grower", "sites", sites, Sites):
             reasons = "; ".join(f"{name}: {why}" for name, why in list(sites.frozen.items())[:5])
             raise GrowthError(f"Grower: nothing in the model can grow ({reasons or 'it has no layers'})")
         self.model = model
-        self.optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+        self.optimizers = as_list(optimizer)
+        check_trained(unwrap(model), self.optimizers)
         self.sites = sites
-        self.when = when
-        self.where = where if where is not None else Everywhere(fraction=0.25)
-        self.how = how if how is not None else GradMax()
-        self.also = list(also)
+        self.when = instance("Grower", "when", when, When)
+        self.where = Everywhere(fraction=0.25) if where is None else instance("Grower", "where", where, Where)
+        self.how = GradMax() if how is None else instance("Grower", "how", how, How)
+        self.also = copies_of(also)
         self.accumulation = whole("Grower", "accumulation", accumulation)
         self.batches = whole("Grower", "batches", batches)
         self.every = whole("Grower", "every", every)
@@ -131,14 +136,42 @@ class Grower:
         self._blocks = self._wanted = 0  # seen since the measurement began, and how many it lasts
         self._for_gain = False
         self._observe_seconds = 0.0
-        if self.growth == "sketch":
-            self._observer(self._needs())  # refuses by name what cannot be sketched, before training begins
+        self._check_method()
+        if needs := self._needs():
+            self._observer(needs)  # refuses by name what cannot be observed, before training begins
         if isinstance(reserve, Mapping):
             present = sites.widths(model) if newest_stage(unwrap(model)) else {}  # a run that is resumed may be past it
             widths = {name: width for name, width in reserve.items() if present.get(name, 0) < width}
             if widths:
                 make_room(model, widths, sites=sites, how=self.how, optimizer=self.optimizers, also=self.also)
         self._arm_ahead()
+
+    def _check_method(self) -> None:
+        """Refuses sites that the policy may ask for and the method cannot grow: now, not once a growth is due."""
+        refused: dict[str, str] = {}
+        mapped = (self.how.needs_directions and self.how.reads_growth) or self.where.reads & {"directions", "natural"}
+        offered = self._offered()
+        widths = offered.widths(self.model)
+        for site in offered:
+            asked = self.where.most(site, widths[site.name])
+            if units := self.where.rounded(site, widths[site.name], asked):
+                try:
+                    check_units(self.model, self.sites, site.name, units, self.how)
+                    if mapped:
+                        check_mapped(site)
+                except GrowthError as error:
+                    refused[site.name] = str(error)
+        if refused:
+            raise GrowthError(
+                f"Grower: {next(iter(refused.values()))}. To grow the others: "
+                f"sites=fastgrow.find_sites(model, inputs, exclude={list(refused)})"
+            )
+
+    def _offered(self) -> Sites:
+        """The sites, with the multiples in which the method grows them at their present widths."""
+        widths = self.sites.widths(self.model)
+        items = [replace(site, multiple=self.how.multiple(site, widths[site.name])) for site in self.sites]
+        return replace(self.sites, items=tuple(items))
 
     @property
     def _span(self) -> int:
@@ -233,12 +266,13 @@ class Grower:
         if has_room(self.model):
             check_method(self.how)
         sketch = self.growth == "sketch" if sketch is None else sketch
-        widths = self.sites.widths(self.model)
         growth: dict[str, Any] = {"growth": False}
         if needs & {"directions", "natural"}:
+            offered = self._offered()
+            widths = offered.widths(self.model)
             wishes = {
                 site.name: self.where.rounded(site, widths[site.name], self.where.most(site, widths[site.name]))
-                for site in self.sites
+                for site in offered
             }
             room = {name: wish for name, wish in wishes.items() if wish}
             growth = observing(self.sites, room, self.how)
@@ -255,15 +289,27 @@ class Grower:
         return Observer(self.model, self.sites, nagn=_places(needs), **growth, **self._options)
 
     def _gains(self, seen: Observation) -> dict[str, float]:
-        """What growth would gain, relative to what the present parameters' gradient gains."""
+        """What growth would gain, relative to what the present parameters' gradient gains; nothing where that one
+        overflowed."""
         squares = [
             whole_tensor(p.grad.detach().float().square().sum())
             for p in unwrap(self.model).parameters()
             if p.grad is not None
         ]
-        present = float(torch.stack(squares).sum()) if squares else 0.0
+        present = float(torch.stack(squares).sum()) / self._unit() ** 2 if squares else 0.0
+        if not math.isfinite(present):
+            return {}
         found = seen.all_directions()
         return {name: float(d.values.square().sum()) / max(present, 1e-300) for name, d in found.items()}
+
+    def _unit(self) -> float:
+        """What the parameters' ``.grad`` must be divided by to be in the units of growth matrices."""
+        scale: Any = self._options["loss_scale"]
+        scale = float(scale.get_scale() if hasattr(scale, "get_scale") else scale)
+        if self._options["loss_reduction"] == "mean":  # a growth matrix is the mean over micro-batches, .grad their sum
+            return scale * self.accumulation
+        # both are sums, over all measured steps and over the last
+        return scale / math.ceil(self._wanted / (self.accumulation * self.every))
 
     # -- step -----------------------------------------------------------------------------------------
 
@@ -359,7 +405,7 @@ class Grower:
         unit_parameters, unit_flops = unit_costs(self.model, self.sites, price)
         parameters, flops = price({})
         return Evidence(
-            sites=self.sites,
+            sites=self._offered(),
             widths=self.sites.widths(self.model),
             nagn=seen.nagn if seen is not None else {},
             nagn_after_norm=seen.nagn_after_norm if seen is not None else {},

@@ -151,9 +151,8 @@ def _even(call: LayerCall) -> bool:
     return all(before == after for before, after in conv_padding(bound["padding"], kernel, dilation))
 
 
-def growth_map(data: SiteData) -> LinearMap:
-    """M of a site over several batches, each with its weight."""
-    site = data.site
+def check_mapped(site: Site) -> None:
+    """Raises `GrowthError` for a site that has no growth matrix."""
     for norm in site.norms:
         if norm.kind == "layer_norm":
             raise GrowthError(
@@ -165,7 +164,12 @@ def growth_map(data: SiteData) -> LinearMap:
             f"site {site.name!r}: {site.tied[0]!r} is tied, producer and consumer at once, so its new entries cannot "
             "be zero on one side only; exclude the site, or untie the weights"
         )
-    chain = _chain_of(data.sites, site)
+
+
+def growth_map(data: SiteData) -> LinearMap:
+    """M of a site over several batches, each with its weight."""
+    check_mapped(data.site)
+    chain = _chain_of(data.sites, data.site)
     if chain is None:
         return summed(data.maps())
     maps: list[LinearMap] = []

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .arguments import as_list, whole
+from .arguments import as_list, copies_of, whole
 from .between import Spot, activation_of, find_spot, keeps
 from .distributed import replicas_of, together
 from .errors import GrowthError
@@ -49,7 +49,7 @@ def insert_layer(
     example_inputs: Any = None,
     closure: Callable[[], Tensor] | None = None,
     optimizer: Any = None,
-    also: Iterable[nn.Module] = (),
+    also: nn.Module | Iterable[nn.Module] = (),
 ) -> GrowthReport:
     """Put a new layer into a model as it is written, all or nothing; what the model computes stays.
 
@@ -89,7 +89,7 @@ def insert_layer(
     run or does not compute the same with the layer inside (tried on the inputs, in evaluation mode).
     """
     started = time.perf_counter()
-    optimizers, copies, inner = as_list(optimizer), list(also), unwrap(model)
+    optimizers, copies, inner = as_list(optimizer), copies_of(also), unwrap(model)
     if units is None and how is not None:
         raise GrowthError(f"insert_layer: how.{how.name} starts units beside a layer: say how many with units=")
     if example_inputs is None:

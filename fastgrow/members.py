@@ -82,7 +82,7 @@ class Channels:
                 lengths["producer"] += members * len(site.slots_of("bias"))
             return cls(Side(members, lengths["producer"]), Side(members, lengths["consumer"]))
         one = {**sizes, site.axis: 1}
-        into, length = _incoming(tensors, one, site, bias)
+        into, length = _incoming(tensors, one, sites, site, bias)
         channels = into[0].shape[0]
         if any(block.shape[0] != channels for block in into):
             raise GrowthError(
@@ -94,9 +94,11 @@ class Channels:
 
 
 def _incoming(
-    tensors: Mapping[str, Tensor], one: Mapping[int, int], site: Site, bias: bool
+    tensors: Mapping[str, Tensor], one: Mapping[int, int], sites: Sites, site: Site, bias: bool
 ) -> tuple[list[Tensor], int]:
     """Each layer's entries (channels, n_c) that do not gate, and the length of a unit's incoming vector."""
+    calls = sites.graph.calls if sites.graph is not None else ()
+    fans = {call.name: call.fan for call in calls if call.fan > 1}
     into: list[Tensor] = []
     offset = 0
     for name in site.producers:
@@ -113,6 +115,9 @@ def _incoming(
         for count in counts:
             index = torch.arange(offset, offset + rows * count).reshape(rows, count)
             offset += rows * count
+            if name in fans:  # one row for the unit's channels in all groups, each fed by its own inputs
+                into.append(index.reshape(rows, fans[name], -1).movedim(1, 0).flatten(1))
+                continue
             for part in range(parts):
                 own = index[part * rows // parts : (part + 1) * rows // parts]
                 if part not in gating:
@@ -127,7 +132,7 @@ def _outgoing(
 ) -> list[Tensor]:
     """Each layer's entries (channels, m_c)."""
     calls = sites.graph.calls if sites.graph is not None else ()
-    grouped = {call.name for call in calls if call.kind == "grouped"}
+    grouped = {call.name for call in calls if call.kind == "grouped" and not call.transposed}
     out: list[Tensor] = []
     offset = 0
     for name in site.consumers:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import whole
 from .errors import GrowthError
 from .readings import NormSums
 from .sites import Sites
@@ -97,6 +98,7 @@ class Observation:
         M is the mean over samples for a mean loss, the sum for a sum loss, in units of the unscaled loss.
         raises: GrowthError where k exceeds the ``rank`` that was observed.
         """
+        whole("directions", "k", k)
         if self._directions is None:
             raise GrowthError("no growth matrix was observed: use observe(..., growth=True) around a backward pass")
         return {name: self.site_directions(name, k) for name in self._directions}
@@ -135,6 +137,10 @@ class Observation:
         try:
             torch.autograd.grad(loss, edges, allow_unused=True)
         except RuntimeError as error:
+            if "backward through the graph a second time" in str(error):
+                raise GrowthError(
+                    "the closure's loss has been backpropagated already; return it without calling backward()"
+                ) from error
             if "heckpoint" not in str(error):
                 raise
             raise GrowthError(

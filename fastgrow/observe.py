@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from . import kernel_ops
-from .arguments import choice
+from .arguments import choice, number, whole
 from .cuda_graphs import check_not_captured
 from .distributed import replicas_of, together
 from .errors import GrowthError
 from .functional import FlatTexts, FunctionalLayers
+from .growth_map import check_mapped
 from .names import find_module, find_tensor
 from .nn import attention_opened
 from .observation import Observation
@@ -52,11 +53,21 @@ class _Batch:
     edges: list[Any] = field(default_factory=list)
     unless_norm: dict[str, list[torch.utils.hooks.RemovableHandle]] = field(default_factory=dict)
     closed: bool = False
+    backward: int = -1  # the number of the backward pass that reached it
+    differentiable: set[tuple[str, int]] = field(default_factory=set)  # calls whose gradients came with create_graph
 
     @property
     def reached(self) -> bool:
         """Whether a backward pass went through it."""
         return bool(self.readings.totals)
+
+
+def _pooled(batches: Sequence[_Batch]) -> list[int]:
+    """For each batch the samples of all forward passes that its backward pass went through: they share one loss."""
+    counts: Counter[int] = Counter()
+    for batch in batches:
+        counts[batch.backward] += batch.capture.samples
+    return [counts[batch.backward] for batch in batches]
 
 
 def _targets(sites: Sites, growth: bool | str | Sequence[str], rank: int | Mapping[str, int]) -> list[str]:
@@ -86,8 +97,10 @@ class observe:
     for signed pairs behind a live ReLU. solvers: name -> another way to solve every site (`SiteView`), read
     by `Observation.solution`. unmapped: sites that only these solvers look at.
 
-    Any number of batches: they are weighted by their samples. The hooks are gone when the block ends;
-    if it ends in an exception nothing is solved.
+    Any number of batches: they are weighted by their samples. Growth matrices of forward passes that one backward pass
+    goes through (two views of a pair, the parts of a batch) add up, as the gradients of weights do; NAGN counts each of
+    them as a batch whose loss is the mean over its samples. The hooks are gone when the block ends; if it ends in an
+    exception nothing is solved.
 
     growth="sketch": for hundreds of batches. The exact way keeps the tensors of every batch to the end; a sketch
     multiplies them inside the backward pass and lets them go, and adds up ``M Omega`` and ``Psi M`` of every site
@@ -124,7 +137,7 @@ class observe:
         if loss_reduction not in ("mean", "sum"):
             raise GrowthError(f"loss_reduction={loss_reduction!r} was given; wanted 'mean' or 'sum'")
         scaled = hasattr(loss_scale, "get_scale")
-        if not scaled and (not math.isfinite(float(loss_scale)) or float(loss_scale) == 0):
+        if not scaled and number("observe", "loss_scale", loss_scale) == 0:
             raise GrowthError(f"loss_scale={loss_scale!r} was given; wanted a finite number other than 0")
         self.model = unwrap(model)
         self.sites = sites
@@ -141,16 +154,17 @@ class observe:
         if has_room(self.model):
             self._shares = live_shares(self.model, sites)
             check_told_apart(self.model, self._targets)
-        self._rank = dict(rank) if isinstance(rank, Mapping) else {name: int(rank) for name in names}
-        for name in names:
-            if self._rank.get(name, 0) < 1:
-                raise GrowthError(f"site {name!r}: rank={self._rank.get(name)} was given; wanted at least 1")
+        ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(names, rank)
+        self._rank = {name: whole(f"site {name!r}", "rank", ranks.get(name)) for name in names}
         self._nagn = bool(nagn)
         self._scale = loss_scale
         self._bias = bias
         self._signed = frozenset(signed)
         self._solvers = dict(solvers or {})
         self._unmapped = frozenset(unmapped)
+        for site in self._targets:
+            if site.name not in self._unmapped:
+                check_mapped(site)
         self._sketches: SiteSketches | None = None
         if growth == "sketch":
             if self._solvers:
@@ -163,6 +177,7 @@ class observe:
             )
         self._streams = self._sketches is not None or not names  # nothing of a batch is kept once it is over
         self._multiplying = False
+        self._watching = False
         self._calls: list[tuple[_Batch, FlatTexts | None]] = []  # forward passes under way
         self._stack = contextlib.ExitStack()
 
@@ -211,6 +226,8 @@ class observe:
 
     def _install(self) -> None:
         check_not_captured(self.model)
+        self._watching = True
+        self._stack.callback(self._ended)
         if "torch._dynamo" in sys.modules:  # compiled code was traced without the hooks
             self._stack.enter_context(torch.compiler.set_stance("force_eager"))
         self._stack.enter_context(attention_opened(self.model))
@@ -240,6 +257,9 @@ class observe:
             for info in self.sites.layers.values():
                 if info.norm is not None and (norm := find_module(self.model, info.norm)) is not None:
                     self._hook(norm.register_forward_hook(self._norm_watcher(info.name)))
+
+    def _ended(self) -> None:
+        self._watching = False  # hooks on tensors live as long as their graph
 
     def _hook(self, handle: torch.utils.hooks.RemovableHandle) -> None:
         self._stack.callback(handle.remove)
@@ -307,12 +327,22 @@ class observe:
             batch.capture.called.add(key)
 
         def arrived(gradient: Tensor) -> None:
+            if not self._watching:
+                return
             self._measure(batch, "own" if measured else "check", name, number, gradient)
             if not consumes:
                 return
             gradient = gradient.detach()
             if self._sketches is None:
                 kept = batch.capture.gradients.get(key)
+                if torch.is_grad_enabled():  # the backward pass builds a graph of its own
+                    batch.differentiable.add(key)
+                if kept is not None and key in batch.differentiable:
+                    raise GrowthError(
+                        f"layer {name!r}: a backward pass with create_graph=True went through it before another one, "
+                        "and a loss that depends on gradients has no growth matrix; leave the penalty out of what is "
+                        "observed, take Hessian products behind the block, or use a method that reads no gradients"
+                    )
                 batch.capture.gradients[key] = gradient if kept is None else kept + gradient
             elif self._sketches.wants("gradient", key):
                 batch.capture.gradients[key] = gradient
@@ -338,7 +368,9 @@ class observe:
                 batch = self._batch(output)
                 number = batch.calls.get(f"{layer} (norm)", 0)
                 batch.calls[f"{layer} (norm)"] = number + 1
-                output.register_hook(lambda g: self._measure(batch, "norm", layer, number, g))
+                output.register_hook(
+                    lambda g: self._measure(batch, "norm", layer, number, g) if self._watching else None
+                )
                 for handle in batch.unless_norm.pop(layer, ()):
                     handle.remove()
 
@@ -353,6 +385,7 @@ class observe:
         readings = batch.readings
         if readings.scale is None:
             readings.scale = self._loss_scale(gradient)
+            batch.backward = torch._C._current_graph_task_id()
         total = carried_sum(gradient)
         if total is None:
             total = kernel_ops.sum_of_squares(gradient)
@@ -376,17 +409,18 @@ class observe:
         latest batches may still come."""
         done = [at for at, batch in enumerate(self._batches) if batch.reached and batch.pieces.complete]
         count = max(done, default=-1) + 1 if over else len(self._batches)
+        reached = [batch for batch in self._batches[:count] if batch.reached]  # the others: a forward pass alone
         for batch in self._batches[:count]:
             batch.closed = True
             batch.edges.clear()  # each of them holds the graph that holds the batch
-            if not batch.reached:  # a forward pass alone
-                continue
+        for batch, pooled in zip(reached, _pooled(reached), strict=True):
             read = self._norms.put(batch.readings, batch.capture.samples)
             if self._sketches is not None:
                 self._sketches.check_complete(batch.pieces)
                 n, scale = batch.capture.samples, batch.readings.scale
                 assert scale is not None
-                self._sketches.add(batch.pieces, (n if self._norms.mean else 1) / scale, n, torch.isfinite(read).all())
+                weight = (pooled if self._norms.mean else 1) / scale
+                self._sketches.add(batch.pieces, weight, n, torch.isfinite(read).all())
         del self._batches[:count]
         if self._sketches is not None:
             self._sketches.agree()
@@ -440,8 +474,8 @@ class observe:
     def _solve(self, batches: list[_Batch]) -> None:
         total = self._norms.samples
         weights = [
-            (batch.capture.samples / total if self._norms.mean else 1.0) / float(batch.readings.scale or 1.0)
-            for batch in batches
+            (pooled / total if self._norms.mean else 1.0) / float(batch.readings.scale or 1.0)
+            for batch, pooled in zip(batches, _pooled(batches), strict=True)
         ]
         with together(self._replicas):
             for batch in batches:

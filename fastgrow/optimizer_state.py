@@ -19,7 +19,7 @@ from .enlarge import Enlargement, Fill
 from .errors import GrowthError
 from .sharded import is_sharded, part, whole
 
-__all__ = ["Carried", "GrownParameter", "carry", "holds", "unwrapped"]
+__all__ = ["Carried", "GrownParameter", "carry", "check_trained", "holds", "unwrapped"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +153,18 @@ def unwrapped(optimizers: Iterable[Any]) -> Iterator[Any]:
             if getattr(optimizer, "state", None) is inner.state:
                 continue
         yield optimizer
+
+
+def check_trained(model: nn.Module, optimizers: Iterable[Any]) -> None:
+    """Raises `GrowthError` for optimizers of which none holds a parameter of the model: what grows would not train."""
+    groups = [getattr(one, "param_groups", None) for one in unwrapped(optimizers)]
+    own = {id(parameter) for parameter in model.parameters()}
+    held = [id(parameter) for each in groups for group in each or () for parameter in group["params"]]
+    if own and held and own.isdisjoint(held):
+        raise GrowthError(
+            f"the optimizer holds {len(held)} parameters, none of them of this {type(model).__name__}: give the one "
+            "that trains it, made from the parameters that it has now"
+        )
 
 
 _CONTAINERS = (dict, list, tuple, set, frozenset)

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .arguments import whole
+from .arguments import instance, whole
 from .costs import pricing
 from .errors import GrowthError
 from .how import GradMax, How
+from .how.base import site_multiple
 from .sites import Site, Sites, live_tensors, unwrap
 
-__all__ = ["Plan", "check_units", "plan"]
+__all__ = ["Plan", "check_units", "checked_units", "plan"]
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,11 @@ def plan(model: nn.Module, units: Mapping[str, int], *, sites: Sites, how: How |
     how: the method whose rules count (signed pairs, multiples), GradMax by default. Nothing is changed
     and no gradient is read.
     """
-    how = how if how is not None else GradMax()
-    widths = sites.widths(model)
+    how = GradMax() if how is None else instance("plan", "how", how, How)
+    widths = instance("plan", "sites", sites, Sites).widths(model)
     allowed: dict[str, int] = {}
     refused: dict[str, str] = {}
-    for name, count in units.items():
+    for name, count in checked_units(units).items():
         try:
             allowed[name] = check_units(model, sites, name, count, how)
         except GrowthError as error:
@@ -76,12 +77,18 @@ def plan(model: nn.Module, units: Mapping[str, int], *, sites: Sites, how: How |
     )
 
 
+def checked_units(units: object) -> Mapping[str, object]:
+    """Units by site name, neither looked at yet."""
+    if not isinstance(units, Mapping) or not all(isinstance(name, str) for name in units):
+        raise GrowthError(f"units={units!r} was given; wanted a mapping {{site name: units}}")
+    return units
+
+
 def check_units(model: nn.Module, sites: Sites, name: str, count: object, how: How) -> int:
     """The units asked for at one site; raises `GrowthError` where the site or the method cannot grow by them."""
     site: Site = sites[name]
     wanted = whole(f"site {name!r}", "units", count)
-    duplicated = any(norm.kind == "layer_norm" for norm in site.norms)
-    multiple = sites.width(model, site) if duplicated else site.multiple
+    multiple = site_multiple(site, sites.width(model, site))
     if wanted % multiple:
         raise GrowthError(f"site {name!r}: {wanted} units were asked for; it grows in multiples of {multiple}")
     how.check(site, wanted)

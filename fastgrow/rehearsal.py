@@ -42,6 +42,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 def checked_loss(closure: Callable[[], Tensor]) -> Tensor:
     """The closure's loss; GrowthError unless it is a tensor of one element that can be backpropagated."""
+    if not callable(closure):
+        raise GrowthError(f"closure is a {type(closure).__name__}; wanted a function that returns the loss")
     loss = closure()
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         shown = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__

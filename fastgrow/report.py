@@ -74,6 +74,10 @@ def report(history: Sequence[_Growth], path: str | Path | None = None) -> str:
     Raises:
         GrowthError: a suffix that is none of these, or a plot without matplotlib.
     """
+    if not isinstance(history, Sequence):
+        raise GrowthError(
+            f"report: history is a {type(history).__name__}; wanted grower.history, or a list of the reports of grow"
+        )
     if path is None:
         return _text(history)
     path = Path(path)

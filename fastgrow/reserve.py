@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import stages
-from .arguments import as_list, whole
+from .arguments import as_list, copies_of, whole
 from .cuda_graphs import check_not_captured
 from .distributed import replicas_of
 from .edits import EditBuilder, Edits, attribute_edits
@@ -35,7 +35,7 @@ def reserve(
     sites: Sites,
     how: How | None = None,
     optimizer: Any = None,
-    also: Iterable[nn.Module] = (),
+    also: nn.Module | Iterable[nn.Module] = (),
 ) -> dict[str, int]:
     """Make room for growth ahead of it, so that growth into the room changes no tensor's shape.
 
@@ -83,7 +83,7 @@ def reserve(
     return {site.name: wanted[site.axis] - now[site.axis] for site in chosen}
 
 
-def release(model: nn.Module, *, optimizer: Any = None, also: Iterable[nn.Module] = ()) -> nn.Module:
+def release(model: nn.Module, *, optimizer: Any = None, also: nn.Module | Iterable[nn.Module] = ()) -> nn.Module:
     """Cut off all room that was reserved and not filled; the network computes what it computed. Returns the model.
 
     optimizer, also: as in `fastgrow.grow`; they keep what belongs to the units. A model without room is left as it
@@ -241,7 +241,7 @@ def _attributes(
     return list(edits.values())
 
 
-def _carry_out(model: nn.Module, edits: Edits, optimizer: Any, also: Iterable[nn.Module]) -> None:
+def _carry_out(model: nn.Module, edits: Edits, optimizer: Any, also: nn.Module | Iterable[nn.Module]) -> None:
     replicas = replicas_of(model)
     if replicas is not None:
         replicas.check_renewable()
@@ -251,7 +251,7 @@ def _carry_out(model: nn.Module, edits: Edits, optimizer: Any, also: Iterable[nn
         attributes=edits.attributes,
         swaps=edits.swaps,
         optimizers=as_list(optimizer),
-        also=also,
+        also=copies_of(also),
     )
     if replicas is not None:
         replicas.renew()

@@ -149,11 +149,13 @@ def test_growth_goes_on_after_loading(tmp_path: Path) -> None:
     assert_equal_state(snapshot(model), snapshot(fresh))
 
 
-@pytest.mark.parametrize("build", [attention, Tied], ids=["attention", "tied"])
-def test_other_architectures(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("build", "how"), [(attention, fg.how.Net2Net()), (Tied, fg.how.Random())], ids=["attention", "tied"]
+)
+def test_other_architectures(build: Callable[[], nn.Module], how: fg.how.How, tmp_path: Path) -> None:
     model = seeded(build)
     sites = fg.find_sites(model, X)
-    fg.grow(model, {site.name: 2 * site.multiple for site in sites}, fg.how.Random(), sites=sites)
+    fg.grow(model, {site.name: 2 * site.multiple for site in sites}, how, sites=sites)
     save(tmp_path / "grown.pt", model)
     fresh = load(tmp_path / "grown.pt", seeded(build, seed=9))
     assert_equal_state(snapshot(model), snapshot(fresh))

@@ -14,7 +14,7 @@ from tolerances import tolerance
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from zoo_parts import StochasticDepth
-from zoo_vision import IMAGES, Generator
+from zoo_vision import IMAGES, Generator, GroupedGenerator
 from zoo_writing import WRITTEN
 
 import fastgrow as fg
@@ -26,6 +26,7 @@ CASES: dict[str, tuple[Any, Any]] = {
     **{name: (build, lambda: torch.randn(3, 3, 16, 16)) for name, build in IMAGES.items()},
     **WRITTEN,
     "generator": (Generator, lambda: torch.randn(4, 6)),
+    "grouped_generator": (GroupedGenerator, lambda: torch.randn(3, 4, 6)),
 }
 UNSHARED = {"tied_autoencoder": "is tied, producer and consumer at once"}
 

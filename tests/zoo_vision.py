@@ -499,6 +499,19 @@ class Generator(nn.Module):
         return self.main(z.view(z.size(0), -1, 1, 1))
 
 
+class GroupedGenerator(nn.Sequential):
+    """Transposed convolutions in groups: read from a plain layer, one behind the other, and read by a grouped one."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv1d(4, 6, 3), nn.Tanh(),
+            nn.ConvTranspose1d(6, 4, 4, 2, groups=2), nn.ReLU(),
+            nn.ConvTranspose1d(4, 8, 3, padding=1, groups=2), nn.Tanh(),
+            nn.Conv1d(8, 4, 3, groups=2), nn.Tanh(),
+            nn.Conv1d(4, 3, 1),
+        )  # fmt: skip
+
+
 class GroupedNormed(nn.Module):
     """A grouped convolution and a GroupNorm on one axis."""
 

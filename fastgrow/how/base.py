@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
@@ -14,7 +14,7 @@ from ..site_view import SiteView
 from ..sites import Site
 from ..solve import Directions
 
-__all__ = ["How", "refuse_mixing"]
+__all__ = ["How", "refuse_mixing", "site_multiple"]
 
 
 class How:
@@ -42,6 +42,10 @@ class How:
 
     def check(self, site: Site, units: int) -> None:
         """Raises `GrowthError` where the method cannot grow this site by so many units."""
+
+    def multiple(self, site: Site, width: int) -> int:
+        """The units that come together where this method grows a site of this width."""
+        return site_multiple(site, width)
 
     def rank(self, site: Site, units: int) -> int:
         """Directions wanted for so many units; 0 where none are needed."""
@@ -74,10 +78,16 @@ class How:
         """What is left to do once the model has grown; must not fail."""
 
 
-def refuse_mixing(how: How, site: Site) -> None:
-    """Raises `GrowthError` where a norm mixes the site's channels: new ones that are not zero change the others."""
+def site_multiple(site: Site, width: int) -> int:
+    """The units that come together whatever the method is: a LayerNorm's channels are all copied equally often."""
+    return width if any(norm.kind == "layer_norm" for norm in site.norms) else site.multiple
+
+
+def refuse_mixing(how: How, site: Site, kinds: Collection[str] = ("layer_norm", "rms_norm")) -> None:
+    """Raises `GrowthError` where a norm mixes the site's channels: new ones that are not zero change the others, and
+    under a LayerNorm those that are zero too."""
     for norm in site.norms:
-        if norm.kind in ("layer_norm", "rms_norm"):
+        if norm.kind in kinds:
             raise GrowthError(
                 f"site {site.name!r}: {norm.module!r} ({norm.kind}) mixes its channels, so how.{how.name} would "
                 "change what the present units write; copy all of them (how.Net2Net, units = the width)"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -88,6 +90,10 @@ class GradMax(How):
                 f"site {site.name!r}: {units} units were asked for, but behind a ReLU that is a function call they "
                 "come as signed pairs: ask for an even number, or use nn.ReLU in the model"
             )
+
+    def multiple(self, site: Site, width: int) -> int:
+        paired = self.signed(site) and self.relu != "epsilon"
+        return math.lcm(super().multiple(site, width), 2 * site.step if paired else 1)
 
     def rank(self, site: Site, units: int) -> int:
         steps = units // site.step

@@ -8,9 +8,10 @@ from torch import Tensor
 from ..arguments import number
 from ..errors import GrowthError
 from ..newborns import Newborns, Start
+from ..sites import Site
 from .base import How
 
-__all__ = ["Net2Net", "copy_sources"]
+__all__ = ["Net2Net", "copied_together", "copy_sources"]
 
 
 class Net2Net(How):
@@ -37,6 +38,9 @@ class Net2Net(How):
     def __init__(self, noise: float = 0.0) -> None:
         self.noise = number("how.Net2Net", "noise", noise, least=0)
 
+    def multiple(self, site: Site, width: int) -> int:
+        return copied_together(site, width)
+
     def start(self, newborns: Newborns) -> Start:
         incoming = {}
         if self.noise:
@@ -48,13 +52,18 @@ class Net2Net(How):
         return Start(incoming, sources=copy_sources(newborns))
 
 
+def copied_together(site: Site, width: int) -> int:
+    """The units that are copied together at a site of this width."""
+    mixing = any(norm.kind in ("layer_norm", "rms_norm") for norm in site.norms)
+    return width if mixing or (site.multiple == site.width and site.multiple > site.step) else site.multiple
+
+
 def copy_sources(newborns: Newborns) -> Tensor:
     """(steps,) int64: the present unit that each new one copies, so that norms over channels keep their output."""
     site, steps = newborns.site, newborns.steps
     width = newborns.sizes[site.axis]
     mixing = [norm for norm in site.norms if norm.kind in ("layer_norm", "rms_norm")]
-    whole = bool(mixing) or (site.multiple == site.width and site.multiple > site.step)
-    block = width if whole else max(1, site.multiple // site.step)
+    block = max(1, copied_together(site, width * site.step) // site.step)
     if steps % block or width % block:
         raise GrowthError(
             f"site {site.name!r}: {newborns.units} units were asked for, but its channels are copied "

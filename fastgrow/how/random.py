@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..arguments import choice, number
 from ..newborns import Newborns, Start
-from .base import How
+from ..sites import Site
+from .base import How, refuse_mixing
 
 __all__ = ["Random"]
 
@@ -18,7 +19,8 @@ class Random(How):
     Each unit's outgoing column is drawn from N(0, 1) (or U[-1, 1]) and given the norm `scale` times the
     mean norm of the present units' outgoing weights (as in GradMax), or `scale` itself with norm="fixed"; in each
     group of a grouped convolution and each member of a stack by itself.
-    Costs nothing. (GradMax paper, section 4; the public code draws from U[0, 1], all positive.)
+    Costs nothing. Raises `GrowthError` where a LayerNorm mixes the channels.
+    (GradMax paper, section 4; the public code draws from U[0, 1], all positive.)
     """
 
     starts_at_zero = True
@@ -27,6 +29,9 @@ class Random(How):
         self.scale = number("how.Random", "scale", scale, above=0)
         self.norm = choice("how.Random", "norm", norm, ("mean", "fixed"))
         self.distribution = choice("how.Random", "distribution", distribution, ("normal", "uniform"))
+
+    def check(self, site: Site, units: int) -> None:
+        refuse_mixing(self, site, ("layer_norm",))
 
     def start(self, newborns: Newborns) -> Start:
         columns = random_columns(newborns, self.distribution)

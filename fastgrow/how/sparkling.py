@@ -10,9 +10,10 @@ from torch import nn
 from ..arguments import choice, whole
 from ..errors import GrowthError
 from ..newborns import Newborns, Start
+from ..sites import Site
 from ..stages import newest_stage
 from .base import How
-from .net2net import copy_sources
+from .net2net import copied_together, copy_sources
 
 __all__ = ["Sparkling"]
 
@@ -52,6 +53,9 @@ class Sparkling(How):
                     f"how.Sparkling: warmup={self.warmup} was asked for, but {type(optimizer).__name__} has one "
                     "learning rate for old and new units; use fastgrow.optim, or warmup=0"
                 )
+
+    def multiple(self, site: Site, width: int) -> int:
+        return copied_together(site, width)
 
     def start(self, newborns: Newborns) -> Start:
         return Start(sources=copy_sources(newborns), share=1.0 if self.scaling == "function" else 0.5)

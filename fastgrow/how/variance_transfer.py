@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -76,6 +77,10 @@ class VarianceTransfer(How):
                 f"site {site.name!r}: each half of the {units} new channels must fill whole groups of its GroupNorm; "
                 f"ask for a multiple of {2 * site.multiple}"
             )
+
+    def multiple(self, site: Site, width: int) -> int:
+        whole_groups = any(norm.kind == "group_norm" for norm in site.norms)
+        return 2 * site.multiple if whole_groups else math.lcm(site.multiple, 2 * site.step)
 
     def start(self, newborns: Newborns) -> Start:
         site, start = newborns.site, Start()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..newborns import Newborns, Start
-from .base import How
+from ..sites import Site
+from .base import How, refuse_mixing
 
 __all__ = ["ZeroOutgoing"]
 
@@ -15,7 +16,11 @@ class ZeroOutgoing(How):
 
     The growth operator of the NAGN paper. The block between the new units of two neighbouring sites is
     zero. Costs nothing; only the outgoing weights have a gradient at the first step.
+    Raises `GrowthError` where norms mix the channels: new ones that are not zero would change the others.
     """
+
+    def check(self, site: Site, units: int) -> None:
+        refuse_mixing(self, site)
 
     def start(self, newborns: Newborns) -> Start:
         incoming = {}

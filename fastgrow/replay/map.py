@@ -48,7 +48,7 @@ def consumer_pullback(node: Node, call: LayerCall, columns: Tensor, v: Tensor, d
 
 def _conv_vjp(node: Node, call: LayerCall, v: Tensor, columns: Tensor | None, dz: Tensor) -> tuple[Tensor, Tensor]:
     bound = bind(node)
-    transposed = call.kind == "conv_transpose"
+    transposed = call.transposed
     spatial = v.dim() - 2
     groups = int(bound["groups"])
     kernel = node.args[1].meta["val"].shape[2:]  # type: ignore[union-attr]

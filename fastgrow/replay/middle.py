@@ -367,11 +367,11 @@ class Replay:
                 result = result + order.reshape(shape)
             return result
         bound = bind(node)
-        if call.kind == "conv_transpose":
+        if call.transposed:
             weight = weight.transpose(0, 1)
         options = [bound["stride"], bound["padding"]]
-        options += [bound["output_padding"], bound["groups"]] if call.kind == "conv_transpose" else []
-        options += [bound["dilation"]] + ([bound["groups"]] if call.kind != "conv_transpose" else [])
+        options += [bound["output_padding"], bound["groups"]] if call.transposed else []
+        options += [bound["dilation"]] + ([bound["groups"]] if not call.transposed else [])
         return out_of_place(node.target)(x, weight, bias, *options)
 
     def _run_carrying(

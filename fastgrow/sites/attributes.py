@@ -64,7 +64,7 @@ def attribute_rules(
         layout = slot.layout
         groups = getattr(modules[module], "groups", 1)
         grouped = isinstance(groups, int) and groups > 1 and slot.members is None
-        if slot.role == "consumer" and grouped:  # the weight holds one group's inputs
+        if grouped and slot.dim == 1:  # the weight holds one group's inputs, or transposed one group's outputs
             group = next(
                 (Leaf(a) for a in axes_of(propagation.tracker.resolve(propagation.tensor_dims[slot.tensor][0]))),
                 None,

@@ -266,7 +266,7 @@ class _Assembly:
                 self.tracker.freeze(slot.layout, "no layer with weights reads its channels")
             return None
         heads = self.tracker.is_heads(axis)
-        step = 1 if heads else min(self._step(slot.layout, axis) for slot in slots if slot.role == "producer")
+        step = 1 if heads else min(self._written(slot, axis) for slot in slots if slot.role == "producer")
         width = self.tracker.sizes[axis] * step
         middle = [node for node, axes in self.node_axes.items() if axis in axes and node.op == "call_function"]
         norms = self._norms(axis, middle)
@@ -320,6 +320,11 @@ class _Assembly:
             return False
         dims = self.p.dims[node]
         return any(axis in self.tracker.axes(dims[dim]) for dim in (along if isinstance(along, list) else [along]))
+
+    def _written(self, slot: Slot, axis: int) -> int:
+        """Channels that one step of the axis in a producer's weight writes."""
+        groups = next((c.fan for c in self.p.layers if c.name == slot.layer), 1)
+        return self._step(slot.layout, axis) * groups
 
     def _step(self, layout: Layout, axis: int) -> int:
         """Positions of the dimension that one step of the axis stands for."""

@@ -22,6 +22,7 @@ from ..errors import GrowthError
 from ..layout import Layout
 from ..nn import attention_traced
 from .mutation import show_mutations
+from .nodes import bind
 
 __all__ = [
     "Followed",
@@ -78,6 +79,16 @@ class LayerCall:
     part: tuple[Layout, Layout] | None = None
     equation: str = ""
     source: Node | None = None
+
+    @property
+    def transposed(self) -> bool:
+        """Whether this is a transposed convolution, grouped or not."""
+        return self.kind in ("conv_transpose", "grouped") and self.out_dim == 1
+
+    @property
+    def fan(self) -> int:
+        """The channels that one output of the weight makes: of a grouped transposed convolution one in each group."""
+        return int(bind(self.node)["groups"]) if self.kind == "grouped" and self.transposed else 1
 
     def letters(self) -> tuple[str, str, str]:
         """Of a stacked layer's input, weight and output."""

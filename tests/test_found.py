@@ -1,0 +1,314 @@
+"""What demanding users met: each test failed once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fastgrow as fg
+
+
+def small() -> tuple[nn.Sequential, Tensor, Tensor]:
+    """A network of linear layers in float64, a batch and its targets."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+    return model, torch.randn(16, 8).double(), torch.randn(16, 4).double()
+
+
+def halves(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The mean loss of the whole batch, its samples in two forward passes of unequal size."""
+    return 0.25 * F.mse_loss(model(x[:4]), y[:4]) + 0.75 * F.mse_loss(model(x[4:]), y[4:])
+
+
+def pair(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The loss of two views of each sample."""
+    return F.mse_loss(model(x), model(x.flip(1)))
+
+
+@pytest.mark.parametrize("criterion", [halves, pair], ids=["halves", "pair"])
+def test_forward_passes_of_one_loss_are_one_batch(criterion: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> None:
+    model, x, y = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    report = fg.grow(
+        model, {"0": 2}, sites=fg.find_sites(model, x), optimizer=optimizer, closure=lambda: criterion(model, x, y)
+    )
+    criterion(model, x, y).backward()
+    gradient = model[0].weight.grad
+    assert gradient is not None
+    assert report.predicted_gain == pytest.approx(gradient[16:].square().sum().item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("growth", [True, "sketch"])
+def test_parts_of_a_batch_have_its_growth_matrix(growth: bool | str) -> None:
+    model, x, y = small()
+    sites = fg.find_sites(model, x)
+    found = []
+    for criterion in (halves, lambda model, x, y: F.mse_loss(model(x), y)):
+        with fg.observe(model, sites, growth=growth, rank=4) as seen:
+            criterion(model, x, y).backward()
+        found.append(seen)
+    parts, whole = found
+    assert parts.samples == whole.samples == 16
+    torch.testing.assert_close(parts.directions(4)["0"].values, whole.directions(4)["0"].values)
+
+
+class Normed(nn.Module):
+    """A site whose channels pass a norm that mixes them."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 16)
+        self.norm = norm
+        self.outer = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.norm(self.inner(x)))
+
+
+@pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
+@pytest.mark.parametrize("how", [fg.how.Random, fg.how.ZeroOutgoing], ids=lambda how: how.__name__)
+def test_norms_that_mix_channels_keep_the_function_or_refuse(kind: str, how: type[fg.how.How]) -> None:
+    torch.manual_seed(0)
+    model = Normed(getattr(nn, kind)(16, eps=1e-5)).double()
+    x = torch.randn(16, 8).double()
+    before = model(x)
+    sites = fg.find_sites(model, x)
+    if kind == "LayerNorm" or how is fg.how.ZeroOutgoing:
+        with pytest.raises(fg.GrowthError, match="'inner'.*mixes its channels.*Net2Net"):
+            fg.grow(model, {"inner": 16}, how(), sites=sites)
+        assert sites.widths(model) == {"inner": 16}
+    else:
+        fg.grow(model, {"inner": 16}, how(), sites=sites)
+    torch.testing.assert_close(model(x), before)
+
+
+def test_backward_passes_behind_the_block_are_not_observed() -> None:
+    model, x, y = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    grower = fg.Grower(model, optimizer, example_inputs=x, when=fg.when.Every(2), where=fg.where.NAGN())
+    for _ in range(4):
+        with grower.observe():
+            loss = F.mse_loss(model(x), y)
+            gradients = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+        torch.stack([gradient.square().sum() for gradient in gradients]).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        grower.step()
+    assert len(grower.history) == 2
+
+
+def test_a_loss_that_depends_on_gradients_is_refused() -> None:
+    model, x, y = small()
+
+    def penalised() -> Tensor:
+        inputs = x.clone().requires_grad_()
+        output = model(inputs)
+        (slope,) = torch.autograd.grad(output.sum(), inputs, create_graph=True)
+        return F.mse_loss(output, y) + slope.square().mean()
+
+    with pytest.raises(fg.GrowthError, match="'2'.*create_graph=True"):
+        fg.grow(model, {"0": 2}, sites=fg.find_sites(model, x), closure=penalised)
+    assert model[0].out_features == 16
+    fg.grow(model, {"0": 2}, fg.how.ZeroOutgoing(), sites=fg.find_sites(model, x))
+
+
+def test_a_closure_that_calls_backward_is_told() -> None:
+    model, x, y = small()
+
+    def closure() -> Tensor:
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    with pytest.raises(fg.GrowthError, match="return it without calling backward"):
+        fg.grow(model, {"0": 2}, sites=fg.find_sites(model, x), closure=closure)
+
+
+class Called(nn.Module):
+    """A ReLU that is a function call, in front of a stream that a LayerNorm reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 10)
+        self.b = nn.Linear(10, 6)
+        self.norm = nn.LayerNorm(6)
+        self.c = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.norm(self.b(torch.relu(self.a(x)))))
+
+
+def looped(grower: fg.Grower, x: Tensor, y: Tensor, steps: int) -> None:
+    (optimizer,) = grower.optimizers
+    for _ in range(steps):
+        with grower.observe():
+            F.mse_loss(grower.model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        grower.step()
+
+
+@pytest.mark.parametrize(
+    ("how", "name", "widths"),
+    [
+        (fg.how.GradMax(), "a", [12, 14]),  # signed pairs
+        (fg.how.VarianceTransfer(), "a", [12, 14]),  # pairs
+        (fg.how.Net2Net(), "b", [12, 24]),  # a LayerNorm's channels all copied, twice
+        (fg.how.Sparkling(), "b", [12, 24]),
+    ],
+    ids=["GradMax", "VarianceTransfer", "Net2Net", "Sparkling"],
+)
+def test_policies_ask_for_what_the_method_can_grow(how: fg.how.How, name: str, widths: list[int]) -> None:
+    torch.manual_seed(0)
+    model, x, y = Called(), torch.randn(16, 8), torch.randn(16, 4)
+    grower = fg.Grower(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        sites=fg.find_sites(model, x, include=[name]),
+        when=fg.when.Every(2),
+        where=fg.where.Everywhere(units=1),
+        how=how,
+    )
+    looped(grower, x, y, 4)
+    assert [report.sites[0].new_width for report in grower.history] == widths
+
+
+@pytest.mark.parametrize("how", [fg.how.GradMax(), fg.how.Random()], ids=["GradMax", "Random"])
+def test_a_site_that_the_method_cannot_grow_is_refused_before_training(how: fg.how.How) -> None:
+    model, x = Called(), torch.randn(16, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(fg.GrowthError, match=r"'b'.*'norm'.*exclude=\['b'\]"):
+        fg.Grower(model, optimizer, example_inputs=x, when=fg.when.Plateau(), where=fg.where.NAGN(), how=how)
+    fg.Grower(model, optimizer, example_inputs=x, when=fg.when.Plateau(), where=fg.where.Everywhere({"a": 2}), how=how)
+
+
+CALLS: dict[str, tuple[str, Callable[..., object]]] = {
+    "a method's class": ("how=the class GradMax.*write GradMax", lambda **c: fg.grow(**c | {"how": fg.how.GradMax})),
+    "a method's name": ("how='gradmax'", lambda **c: fg.grow(**c | {"how": "gradmax"})),
+    "a position": ("units=.*site name", lambda **c: fg.grow(**c | {"units": {0: 2}})),
+    "a loss": ("closure is a Tensor", lambda **c: fg.grow(**c | {"closure": c["closure"]()})),
+    "a list of sites": ("sites=", lambda **c: fg.grow(**c | {"sites": ["0"]})),
+    "a plan of a list": ("units=.*site name", lambda **c: fg.plan(c["model"], ["0"], sites=c["sites"])),
+    "when's class": ("write Plateau", lambda **c: grower(c, when=fg.when.Plateau)),
+    "where's class": ("write NAGN", lambda **c: grower(c, where=fg.where.NAGN)),
+    "how's class": ("write GradMax", lambda **c: grower(c, how=fg.how.GradMax)),
+    "how for where": ("instance of Where", lambda **c: grower(c, where=fg.how.GradMax())),
+    "names for sites": ("instance of Sites", lambda **c: grower(c, sites=["0"])),
+    "a reduction": ("loss_reduction='none'", lambda **c: grower(c, loss_reduction="none")),
+    "a scale": ("loss_scale='x'", lambda **c: grower(c, loss_scale="x")),
+    "a rank": ("rank=2.5", lambda **c: fg.observe(c["model"], c["sites"], rank=2.5)),
+    "a negative count": ("k=-1", lambda **c: seen(**c).directions(-1)),
+    "a grower for its history": ("grower.history", lambda **c: fg.report(grower(c))),
+}
+
+
+def grower(call: dict[str, object], **options: object) -> fg.Grower:
+    model = call["model"]
+    assert isinstance(model, nn.Module)
+    options = {"sites": call["sites"], "when": fg.when.Every(5), **options}
+    return fg.Grower(model, torch.optim.SGD(model.parameters(), lr=0.1), **options)  # type: ignore[arg-type]
+
+
+def seen(model: nn.Module, sites: fg.Sites, closure: Callable[[], Tensor], **rest: object) -> fg.Observation:
+    with fg.observe(model, sites) as found:
+        closure().backward()
+    return found
+
+
+@pytest.mark.parametrize("wrong", CALLS)
+def test_wrong_calls_say_what_was_wanted(wrong: str) -> None:
+    model, x, y = small()
+    call = {
+        "model": model,
+        "units": {"0": 2},
+        "sites": fg.find_sites(model, x),
+        "closure": lambda: F.mse_loss(model(x), y),
+    }
+    message, act = CALLS[wrong]
+    with pytest.raises(fg.GrowthError, match=message):
+        act(**call)
+
+
+def test_one_copy_may_stand_for_a_list() -> None:
+    model, x, y = small()
+    average = copy.deepcopy(model)
+    fg.grow(model, {"0": 2}, sites=fg.find_sites(model, x), also=average, closure=lambda: F.mse_loss(model(x), y))
+    assert average[0].out_features == 18
+    assert fg.Grower(
+        model, None, sites=fg.find_sites(model, x), when=fg.when.Every(5), how=fg.how.Random(), also=average
+    ).also == [average]
+
+
+def test_width_of_a_grouped_transposed_convolution_counts_channels() -> None:
+    up = nn.ConvTranspose1d(4, 8, 3, groups=2), nn.ConvTranspose1d(8, 6, 3, groups=2)
+    model = nn.Sequential(up[0], nn.Tanh(), up[1], nn.Tanh(), nn.Conv1d(6, 3, 1))
+    sites = fg.find_sites(model, torch.randn(2, 4, 5))
+    assert (sites["0"].width, sites["0"].multiple) == (8, 2)
+    fg.grow(model, {"0": 4, "2": 2}, fg.how.Random(), sites=sites)
+    assert up[0].out_channels == up[1].in_channels == sites.widths(model)["0"] == 12
+    assert up[1].out_channels == model[4].in_channels == sites.widths(model)["2"] == 8
+
+
+class Scaler:
+    """A loss scale as a GradScaler has it, without its device."""
+
+    def get_scale(self) -> float:
+        return 1024.0
+
+
+@pytest.mark.parametrize(
+    ("scale", "factor", "accumulation", "reduction", "batches"),
+    [(Scaler(), 1024.0, 1, "mean", 1), (1.0, 1.0, 4, "mean", 1), (0.25, 0.25, 4, "mean", 1), (1.0, 1.0, 2, "sum", 3)],
+    ids=["scaler", "accumulated", "divided", "sums"],
+)
+def test_gains_do_not_move_with_scale_reduction_and_accumulation(
+    scale: object, factor: float, accumulation: int, reduction: str, batches: int
+) -> None:
+    model, x, y = small()
+    read: list[dict[str, float]] = []
+
+    class Reading(fg.when.Gain):
+        def gain(self, gains: Mapping[str, float]) -> bool:
+            read.append(dict(gains))
+            return False
+
+    def first(accumulation: int, reduction: str, factor: float, **options: object) -> dict[str, float]:
+        options["accumulation"], options["loss_reduction"] = accumulation, reduction
+        grower = fg.Grower(
+            model,
+            None,
+            sites=fg.find_sites(model, x),
+            when=Reading(0.1),
+            where=fg.where.Everywhere(units=2),
+            **options,  # type: ignore[arg-type]
+        )
+        read.clear()
+        while not read:
+            model.zero_grad()
+            for part in range(accumulation):
+                rows = slice(part * 16 // accumulation, (part + 1) * 16 // accumulation)
+                with grower.observe():
+                    (F.mse_loss(model(x[rows]), y[rows], reduction=reduction) * factor).backward()
+            grower.step()
+        return read[0]
+
+    plain = first(1, "mean", 1.0)
+    assert first(accumulation, reduction, factor, loss_scale=scale, batches=batches) == pytest.approx(plain, rel=1e-10)
+
+
+def test_an_optimizer_of_other_parameters_is_refused() -> None:
+    model, x, y = small()
+    stale = torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.1)
+    sites = fg.find_sites(model, x)
+    with pytest.raises(fg.GrowthError, match="none of them of this Sequential"):
+        fg.grow(model, {"0": 2}, sites=sites, optimizer=stale, closure=lambda: F.mse_loss(model(x), y))
+    with pytest.raises(fg.GrowthError, match="none of them of this Sequential"):
+        fg.Grower(model, stale, sites=sites, when=fg.when.Every(5))
+    own = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    fg.grow(model, {"0": 2}, sites=sites, optimizer=[stale, own], closure=lambda: F.mse_loss(model(x), y))
+    assert own.param_groups[0]["params"][0] is model[2].weight
