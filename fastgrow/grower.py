@@ -59,7 +59,8 @@ class Grower:
     arm so many steps ahead, so that growth comes on the very step. Unarmed, `observe` costs nothing, and neither does
     it on the steps between the measured ones (`every`): no hook is set.
 
-    optimizer: one or a list. sites: as found by `find_sites`, or example_inputs to find them with.
+    optimizer: one or a list. sites: as found by `find_sites`: an error where the policy may ask for one that the method
+    cannot grow. Or example_inputs to find them with: such sites are left out, ``grower.sites.frozen`` says why.
     also: EMA copies that must follow. accumulation: `observe` blocks (micro-batches) per step.
     batches: steps whose gradients are averaged for a growth, each at the weights of its own step; fewer before a
     growth that is foreseen earlier, and one batch where a `closure` measures. every: they lie so many steps apart,
@@ -100,13 +101,12 @@ class Grower:
         measure_gain: bool = False,
         reserve: int | Mapping[str, int] | None = None,
     ) -> None:
+        found_here = sites is None
         if sites is None:
             if example_inputs is None:
                 raise GrowthError("Grower: give example_inputs= to find the sites with, or sites=")
             sites = find_sites(model, example_inputs)
-        if not instance("Grower", "sites", sites, Sites):
-            reasons = "; ".join(f"{name}: {why}" for name, why in list(sites.frozen.items())[:5])
-            raise GrowthError(f"Grower: nothing in the model can grow ({reasons or 'it has no layers'})")
+        _check_any(instance("Grower", "sites", sites, Sites))
         self.model = model
         self.optimizers = as_list(optimizer)
         check_trained(unwrap(model), self.optimizers)
@@ -114,6 +114,15 @@ class Grower:
         self.when = instance("Grower", "when", when, When)
         self.where = Everywhere(fraction=0.25) if where is None else instance("Grower", "where", where, Where)
         self.how = GradMax() if how is None else instance("Grower", "how", how, How)
+        if refused := self._refused():
+            if not found_here:
+                raise GrowthError(
+                    f"Grower: {next(iter(refused.values()))}. To grow the others: "
+                    f"sites=fastgrow.find_sites(model, inputs, exclude={list(refused)})"
+                )
+            self.sites = self.sites.without(refused)
+            _check_any(self.sites)
+        self.where.check(self.sites)
         self.also = copies_of(also)
         self.accumulation = whole("Grower", "accumulation", accumulation)
         self.batches = whole("Grower", "batches", batches)
@@ -126,7 +135,7 @@ class Grower:
         self._round_to = 1
         if reserve is not None and not isinstance(reserve, Mapping):
             self._round_to = whole("Grower", "reserve", reserve)
-            check_room(model, sites, [site.name for site in sites], self.how)
+            check_room(model, self.sites, [site.name for site in self.sites], self.how)
         self._options = {"loss_reduction": loss_reduction, "loss_scale": loss_scale}
         self._due: list[int] = []  # the steps on which growth was or will be due
         self._asked = 0  # the last step that `when` was asked about
@@ -136,18 +145,19 @@ class Grower:
         self._blocks = self._wanted = 0  # seen since the measurement began, and how many it lasts
         self._for_gain = False
         self._observe_seconds = 0.0
-        self._check_method()
         if needs := self._needs():
             self._observer(needs)  # refuses by name what cannot be observed, before training begins
         if isinstance(reserve, Mapping):
-            present = sites.widths(model) if newest_stage(unwrap(model)) else {}  # a run that is resumed may be past it
+            present = (
+                self.sites.widths(model) if newest_stage(unwrap(model)) else {}
+            )  # a run that is resumed may be past it
             widths = {name: width for name, width in reserve.items() if present.get(name, 0) < width}
             if widths:
-                make_room(model, widths, sites=sites, how=self.how, optimizer=self.optimizers, also=self.also)
+                make_room(model, widths, sites=self.sites, how=self.how, optimizer=self.optimizers, also=self.also)
         self._arm_ahead()
 
-    def _check_method(self) -> None:
-        """Refuses sites that the policy may ask for and the method cannot grow: now, not once a growth is due."""
+    def _refused(self) -> dict[str, str]:
+        """Sites that the policy may ask for and the method cannot grow: told now, not once a growth is due."""
         refused: dict[str, str] = {}
         mapped = (self.how.needs_directions and self.how.reads_growth) or self.where.reads & {"directions", "natural"}
         offered = self._offered()
@@ -161,11 +171,7 @@ class Grower:
                         check_mapped(site)
                 except GrowthError as error:
                     refused[site.name] = str(error)
-        if refused:
-            raise GrowthError(
-                f"Grower: {next(iter(refused.values()))}. To grow the others: "
-                f"sites=fastgrow.find_sites(model, inputs, exclude={list(refused)})"
-            )
+        return refused
 
     def _offered(self) -> Sites:
         """The sites, with the multiples in which the method grows them at their present widths."""
@@ -510,6 +516,12 @@ class Grower:
         self._asked = int(state["asked"])
         self._seen = self._watching = None
         self.history = history
+
+
+def _check_any(sites: Sites) -> None:
+    if not sites:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(sites.frozen.items())[:5])
+        raise GrowthError(f"Grower: nothing in the model can grow ({reasons or 'it has no layers'})")
 
 
 def _places(needs: frozenset[str]) -> bool | Literal["own", "after_norm"]:

@@ -56,15 +56,7 @@ def find_sites(
         for site in sites
         if (reason := trial(model, sites, {site.name: site.multiple}, example_inputs)) is not None
     }
-    return dataclasses.replace(
-        sites,
-        items=tuple(site for site in sites if site.name not in failed),
-        left_out=(*sites.left_out, *(site for site in sites if site.name in failed)),
-        frozen={
-            **sites.frozen,
-            **{name: f"its size is written into the code: {r}" for name, r in failed.items()},
-        },
-    )
+    return sites.without({name: f"its size is written into the code: {reason}" for name, reason in failed.items()})
 
 
 def _without_room(model: nn.Module, sites: Sites) -> Sites:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -183,7 +184,9 @@ def test_a_site_that_the_method_cannot_grow_is_refused_before_training(how: fg.h
     model, x = Called(), torch.randn(16, 8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(fg.GrowthError, match=r"'b'.*'norm'.*exclude=\['b'\]"):
-        fg.Grower(model, optimizer, example_inputs=x, when=fg.when.Plateau(), where=fg.where.NAGN(), how=how)
+        fg.Grower(
+            model, optimizer, sites=fg.find_sites(model, x), when=fg.when.Plateau(), where=fg.where.NAGN(), how=how
+        )
     fg.Grower(model, optimizer, example_inputs=x, when=fg.when.Plateau(), where=fg.where.Everywhere({"a": 2}), how=how)
 
 
@@ -312,3 +315,38 @@ def test_an_optimizer_of_other_parameters_is_refused() -> None:
     own = torch.optim.SGD(model[2].parameters(), lr=0.1)
     fg.grow(model, {"0": 2}, sites=sites, optimizer=[stale, own], closure=lambda: F.mse_loss(model(x), y))
     assert own.param_groups[0]["params"][0] is model[2].weight
+
+
+def encoder() -> nn.Sequential:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    return nn.Sequential(nn.Linear(3, 8), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(8, 2))
+
+
+def test_a_grower_leaves_out_what_its_method_cannot_grow() -> None:
+    """The stream behind LayerNorms: left out with its reason where the Grower found the sites, else refused."""
+    model, x = encoder(), torch.randn(4, 5, 3)
+    optimizer = torch.optim.Adam(model.parameters())
+    options: dict[str, Any] = {"when": fg.when.Every(1, times=1), "where": fg.where.Everywhere(units=2)}
+    grower = fg.Grower(model, optimizer, example_inputs=x, **options)
+    assert "mixes its channels" in grower.sites.frozen["0"]
+    with grower.observe():
+        model(x).square().mean().backward()
+    optimizer.step()
+    grower.step()
+    (report,) = grower.history
+    assert {site.name for site in report.sites} == {site.name for site in grower.sites}
+    assert model[1].layers[0].linear1.out_features == 18
+    assert model[0].out_features == 8
+    found = fg.find_sites(model, x)
+    with pytest.raises(fg.GrowthError, match=r"exclude=\['0'\]"):
+        fg.Grower(model, optimizer, sites=found, **options)
+    with pytest.raises(fg.GrowthError, match="nothing in the model can grow"):
+        fg.Grower(nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8), nn.Linear(8, 2)), None, example_inputs=x, **options)
+
+
+def test_a_policy_that_names_what_cannot_grow_is_told_so() -> None:
+    model, x = Called(), torch.randn(16, 8)
+    for where in (fg.where.Everywhere({"b": 2}), fg.where.NAGN(max_width={"b": 90})):
+        with pytest.raises(fg.GrowthError, match=r"names 'b', which fits no site \(site 'b'.*found: a"):
+            fg.Grower(model, None, example_inputs=x, when=fg.when.Every(2), where=where)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import overload
 
 import torch
@@ -211,6 +211,15 @@ class Sites(Sequence[Site]):
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def without(self, reasons: Mapping[str, str]) -> Sites:
+        """The same but for these sites, which are left out, each with its reason in `frozen`."""
+        return replace(
+            self,
+            items=tuple(site for site in self if site.name not in reasons),
+            left_out=(*self.left_out, *(site for site in self if site.name in reasons)),
+            frozen={**self.frozen, **reasons},
+        )
 
     def layouts(self, tensor: str) -> dict[int, Layout]:
         """The layout of each dimension of a tensor; of those that the sites name, where no graph tells them all."""

@@ -36,7 +36,8 @@ def check_patterns(argument: str, value: Any, sites: Sites) -> None:
         for pattern in value:
             if not any(site.name == pattern or fnmatchcase(site.name, pattern) for site in sites):
                 known = ", ".join(site.name for site in sites) or "none"
-                raise GrowthError(f"where: {argument} names {pattern!r}, which fits no site; found: {known}")
+                why = f" ({sites.frozen[pattern]})" if pattern in sites.frozen else ""
+                raise GrowthError(f"where: {argument} names {pattern!r}, which fits no site{why}; found: {known}")
 
 
 class LimitOptions(TypedDict, total=False):
