@@ -31,7 +31,7 @@ from ..layout import (
     whole_unit_positions,
 )
 from ..sites import Followed, LayerCall, Site, Sites, tensors_of, unwrap
-from ..sites.nodes import bind, plain_name, short_name
+from ..sites.nodes import bind, plain_name, shape_of, short_name
 from .activations import expected, live_at_zero, out_of_place
 from .linear import linear_slopes, route_of_zeros
 
@@ -416,10 +416,8 @@ class Replay:
         return self._run(node, value_of, extent_of, sizes)
 
     def _groups(self, node: Node, sizes: Mapping[int, int]) -> int:
-        full = int(bind(node)["num_groups"])
-        channels = self.graph.dims[node][1]
-        grown = restricted_size(channels, self.site.axis, sizes)
-        return max(1, grown * full // size(channels, {**self.sizes}))
+        per_group = shape_of(node)[1] // int(bind(node)["num_groups"])  # which stays: whole groups are added
+        return max(1, restricted_size(self.graph.dims[node][1], self.site.axis, sizes) // per_group)
 
     def _pieces(self, node: Node, kind: str, value_of: Callable[[Node], Any], sizes: Mapping[int, int]) -> Any:
         """Cut only along pieces that carry the units; the others are empty here."""

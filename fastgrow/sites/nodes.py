@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-__all__ = ["bind", "conv_padding", "module_of", "plain_name", "shape_of", "short_name"]
+__all__ = ["activation_module", "bind", "conv_padding", "module_of", "plain_name", "shape_of", "short_name"]
 
 
 def short_name(node: Node) -> str:
@@ -60,3 +60,16 @@ def module_of(node: Node) -> str:
     """The name of the innermost module whose forward pass made this call ("" for the model itself)."""
     stack = node.meta.get("nn_module_stack") or {}
     return list(stack.values())[-1][0] if stack else ""
+
+
+def activation_module(node: Node) -> str | None:
+    """The name of an activation's module; None where nothing can be put in its place: a function call in somebody's
+    forward, or a Hardtanh that is flat at 0."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    if not stack:
+        return None
+    name, kind = stack[-1]
+    kind = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+    if kind.endswith(".Hardtanh") and bind(node)["min_val"] == 0:
+        return None
+    return name if kind.startswith(("torch.nn.modules.activation.", "fastgrow.nn.")) else None
