@@ -380,3 +380,26 @@ def test_units_behind_a_hardtanh_that_is_flat_at_zero_learn() -> None:
     model, x = Bent(nn.Hardtanh(0.0, 1.0)).double(), torch.randn(9, 6).double()
     _, found = gains(model, "a", 2, x, fg.find_sites(model, x))
     assert found > 0
+
+
+class RootMeanSquare(nn.Module):
+    """An RMSNorm written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+        self.variance_epsilon = 0.3
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+
+@pytest.mark.parametrize("norm", [RootMeanSquare, lambda: nn.RMSNorm(8, eps=0.3)], ids=["written", "module"])
+def test_an_rms_norms_new_eps_is_that_of_the_next_growth(norm: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = Normed(norm()).double(), torch.randn(9, 8).double()
+    model.inner, model.outer = nn.Linear(8, 8).double(), nn.Linear(8, 4).double()
+    sites = fg.find_sites(model, x)
+    for _ in range(3):
+        predicted, found = gains(model, "inner", 1, x, sites)
+        assert predicted == pytest.approx(found, rel=1e-8)
