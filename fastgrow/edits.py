@@ -13,7 +13,7 @@ from .birth import ZERO_ROLES, birth_values
 from .enlarge import Block, filled
 from .errors import GrowthError
 from .layout import Layout, index_map, new_positions, run_start, size, unit_positions, whole_unit_positions
-from .names import find_module
+from .names import eps_of, find_module
 from .newborns import Newborns, Start
 from .nn import twin
 from .sites import Site, Sites, Slot, unwrap
@@ -283,16 +283,13 @@ class EditBuilder:
                 if slot.layer == norm.module and slot.role in ("norm_weight", "scale"):
                     self.scales[slot.tensor] = ratio**0.5
                     self._values(slot.tensor).mul_(ratio**0.5)
-            for attribute in ("eps", "variance_epsilon", "epsilon", "norm_eps"):
-                value = getattr(module, attribute, None)
-                if isinstance(value, float):
-                    self.rescaled.append(AttributeEdit(norm.module, attribute, value * ratio))
-                    break
-            else:
+            eps = eps_of(module)
+            if eps is None:
                 raise GrowthError(
-                    f"site {site.name!r}: the eps of {norm.module!r} (RMSNorm) was not found among its attributes, so "
-                    "its output would not be kept; exclude the site"
+                    f"site {site.name!r}: {norm.module!r} (RMSNorm) has no number as its eps among its attributes, so "
+                    "its output would not be kept; build it with one (nn.RMSNorm(..., eps=1e-6)), or exclude the site"
                 )
+            self.rescaled.append(AttributeEdit(norm.module, eps[0], eps[1] * ratio))
 
     def edits(self, swapping: Iterable[str] = ()) -> Edits:
         """What `widen` is given. swapping: sites whose activation modules are replaced by their twins.

@@ -11,7 +11,7 @@ from functools import partial
 
 from torch import nn
 
-__all__ = ["find_module", "find_tensor", "innermost", "is_wrapper", "modules_in", "named_modules_in"]
+__all__ = ["eps_of", "find_module", "find_tensor", "innermost", "is_wrapper", "modules_in", "named_modules_in"]
 
 _WRAPPERS = ("_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
@@ -86,6 +86,15 @@ def find_tensor(root: nn.Module, name: str) -> tuple[nn.Module, str] | None:
     # Not by truth value: an empty ModuleList is false, a compiled module has none.
     owner = None if module is None else innermost(module, partial(_has_tensor, name=leaf))
     return None if owner is None else (owner, leaf)
+
+
+def eps_of(norm: nn.Module | None) -> tuple[str, float] | None:
+    """The attribute that holds an RMSNorm's eps under one of its usual names, and its value."""
+    for attribute in ("eps", "variance_epsilon", "epsilon", "norm_eps"):
+        value = getattr(norm, attribute, None)
+        if isinstance(value, float):
+            return attribute, value
+    return None
 
 
 def _has_child(module: nn.Module, name: str) -> bool:

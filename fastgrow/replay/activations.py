@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..errors import GrowthError
-from ..sites.nodes import bind, plain_name
+from ..sites.nodes import activation_module, bind, plain_name
 
 __all__ = ["derivative_from_the_right", "expected", "live_at_zero", "out_of_place"]
 
@@ -25,6 +25,8 @@ def live_at_zero(kind: str, node: Node) -> Callable[..., Tensor] | None:
         return lambda x, *rest, **kw: _slope_one(x)
     if kind == "hardtanh" and bind(node)["min_val"] == 0:
         return lambda x, low, high, *rest, **kw: _slope_one(x).clamp(max=high)
+    if kind in ("leaky_relu", "prelu") and activation_module(node) is None:
+        return None  # not replaced, and alive as it is
     if kind == "leaky_relu":
         return lambda x, slope=0.01, *rest, **kw: torch.where(x < 0, x * slope, x)
     if kind == "prelu":

@@ -30,8 +30,10 @@ from ..layout import (
     size,
     whole_unit_positions,
 )
+from ..names import eps_of
 from ..sites import Followed, LayerCall, Site, Sites, tensors_of, unwrap
-from ..sites.nodes import bind, plain_name, short_name
+from ..sites.nodes import bind, is_rms, module_of, plain_name, shape_of, short_name
+from ..stages import edited_attributes
 from .activations import expected, live_at_zero, out_of_place
 from .linear import linear_slopes, route_of_zeros
 
@@ -244,6 +246,8 @@ class Replay:
         if kind in ("to", "_to_copy", "type_as"):
             dtype = node.meta["val"].dtype
             return args[0].to(self.dtype if dtype.is_floating_point else dtype)
+        if kind == "add" and _adds_eps(node):
+            args = (args[0], self._eps(node, args[1]))
         if kind == "scaled_dot_product_attention":
             return self._attention(node, args, kwargs)
         if self._slopes is not None and node in self._carrying:
@@ -262,6 +266,12 @@ class Replay:
             shape = [extent_of(node)(dim, sizes) for dim in self.graph.dims[node]]
             result = result.reshape(-1)[:1].reshape([1] * result.dim()).expand(shape)
         return result
+
+    def _eps(self, node: Node, traced: float) -> float:
+        """An RMSNorm's eps as it is now: growth re-scales it."""
+        module = self.modules.get(module_of(node))
+        now = eps_of(module)
+        return now[1] if module is not None and now is not None and now[0] in edited_attributes(module) else traced
 
     def _attention(self, node: Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
         bound = bind(node)
@@ -405,8 +415,8 @@ class Replay:
             bound = bind(node)
             x = value_of(bound["input"])
             whole = self.side(bound["input"])
-            scale = torch.rsqrt(whole.pow(2).mean(-1, keepdim=True) + (bound["eps"] or torch.finfo(self.dtype).eps))
-            return x * scale
+            eps = self._eps(node, bound["eps"] or torch.finfo(self.dtype).eps)
+            return x * torch.rsqrt(whole.pow(2).mean(-1, keepdim=True) + eps)
         if kind in ("conv1d", "conv2d", "conv3d"):  # depthwise, on the way
             bound = bind(node)
             x, weight = value_of(bound["input"]), value_of(bound["weight"])
@@ -416,10 +426,8 @@ class Replay:
         return self._run(node, value_of, extent_of, sizes)
 
     def _groups(self, node: Node, sizes: Mapping[int, int]) -> int:
-        full = int(bind(node)["num_groups"])
-        channels = self.graph.dims[node][1]
-        grown = restricted_size(channels, self.site.axis, sizes)
-        return max(1, grown * full // size(channels, {**self.sizes}))
+        per_group = shape_of(node)[1] // int(bind(node)["num_groups"])  # which stays: whole groups are added
+        return max(1, restricted_size(self.graph.dims[node][1], self.site.axis, sizes) // per_group)
 
     def _pieces(self, node: Node, kind: str, value_of: Callable[[Node], Any], sizes: Mapping[int, int]) -> Any:
         """Cut only along pieces that carry the units; the others are empty here."""
@@ -453,6 +461,12 @@ class Replay:
 
 
 _INPUT = {"linear": 0, "conv": 0, "grouped": 0, "conv_transpose": 0, "embedding": 1}
+
+
+def _adds_eps(node: Node) -> bool:
+    """Whether an addition is that of eps to the mean square of an RMSNorm written out."""
+    source = node.args[0]
+    return isinstance(source, Node) and is_rms(source) and not isinstance(node.args[1], Node)
 
 
 def input_node(node: Node, call: LayerCall) -> Node:

@@ -19,7 +19,7 @@ from ..layout import Concat, Layout, Leaf, Product, axes_of
 from . import rules as _rules  # noqa: F401 - registers what each op says
 from .attributes import attribute_rules
 from .graph import Trace, trace_model, unwrap
-from .nodes import bind, module_of, plain_name, short_name
+from .nodes import activation_module, bind, module_of, plain_name, short_name
 from .propagation import Propagation
 from .site import Activation, Gate, LayerInfo, Norm, Site, Sites, Slot, tensors_of, unreadable
 
@@ -127,17 +127,6 @@ def _followers(node: Node) -> list[Node]:
     return result
 
 
-def _activation_module(propagation: Propagation, node: Node) -> str | None:
-    """The name of the activation's module; None where it is a function call in somebody's forward."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    if not stack:
-        return None
-    name, kind = stack[-1]
-    kind = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
-    is_activation = kind.startswith(("torch.nn.modules.activation.", "fastgrow.nn."))
-    return name if is_activation else None
-
-
 def _layers(propagation: Propagation) -> dict[str, LayerInfo]:
     layers: dict[str, LayerInfo] = {}
     for call in propagation.layers:
@@ -153,7 +142,7 @@ def _layers(propagation: Propagation) -> dict[str, LayerInfo]:
         for user in followers:
             if plain_name(user) in ACTIVATIONS:
                 activation = plain_name(user)
-                module = _activation_module(propagation, user)
+                module = activation_module(user)
                 break
         layers[call.name] = LayerInfo(call.name, len(layers), call.weight, norm, activation, module, is_output)
     return layers
@@ -352,9 +341,7 @@ class _Assembly:
 
     def _activations(self, middle: Sequence[Node]) -> tuple[Activation, ...]:
         found = [
-            Activation(kind, _activation_module(self.p, node))
-            for node in middle
-            if (kind := plain_name(node)) in ACTIVATIONS
+            Activation(kind, activation_module(node)) for node in middle if (kind := plain_name(node)) in ACTIVATIONS
         ]
         return tuple(dict.fromkeys(found))
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-__all__ = ["bind", "conv_padding", "module_of", "plain_name", "shape_of", "short_name"]
+__all__ = ["activation_module", "bind", "conv_padding", "is_rms", "module_of", "plain_name", "shape_of", "short_name"]
 
 
 def short_name(node: Node) -> str:
@@ -60,3 +60,32 @@ def module_of(node: Node) -> str:
     """The name of the innermost module whose forward pass made this call ("" for the model itself)."""
     stack = node.meta.get("nn_module_stack") or {}
     return list(stack.values())[-1][0] if stack else ""
+
+
+def activation_module(node: Node) -> str | None:
+    """The name of an activation's module; None where nothing can be put in its place: a function call in somebody's
+    forward, or a Hardtanh that is flat at 0."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    if not stack:
+        return None
+    name, kind = stack[-1]
+    kind = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+    if kind.endswith(".Hardtanh") and bind(node)["min_val"] == 0:
+        return None
+    return name if kind.startswith(("torch.nn.modules.activation.", "fastgrow.nn.")) else None
+
+
+def is_rms(node: Node) -> bool:
+    """mean(x ** 2) of an RMSNorm written out (Llama's, T5's): it is read by ``+ eps`` and ``rsqrt`` alone."""
+    if short_name(node) != "mean":
+        return False
+    source = node.args[0]
+    squared = isinstance(source, Node) and (
+        (short_name(source) == "pow" and source.args[1] == 2)
+        or short_name(source) == "square"
+        or (short_name(source) == "mul" and source.args[0] is source.args[1])
+    )
+    followers = list(node.users)
+    while len(followers) == 1 and short_name(followers[0]) == "add":
+        followers = list(followers[0].users)
+    return squared and len(followers) == 1 and short_name(followers[0]) in ("rsqrt", "sqrt", "pow")

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ...layout import Layout, Product
-from ..nodes import module_of, plain_name, shape_of, short_name
+from ..nodes import is_rms, module_of, plain_name, shape_of, short_name
 from ..propagation import POINTWISE, Dims, NormCall, Propagation, rule
 from ..tracker import ONE
 
@@ -169,7 +169,7 @@ def _reduce(p: Propagation, node: Node, a: dict[str, Any]) -> Any:
     positions = (
         {int(d) % len(dims) for d in (along if isinstance(along, (list, tuple, range)) else [along])} if dims else set()
     )
-    root_mean_square = _is_rms(node) and positions == {len(dims) - 1}
+    root_mean_square = is_rms(node) and positions == {len(dims) - 1}
     for position in positions:
         if not root_mean_square:
             p.tracker.freeze(dims[position], f"{short_name(node)} runs along it")
@@ -181,19 +181,3 @@ def _reduce(p: Propagation, node: Node, a: dict[str, Any]) -> Any:
     if value.dim() == len(dims):
         return [ONE if position in positions else dim for position, dim in enumerate(dims)]
     return [dim for position, dim in enumerate(dims) if position not in positions]
-
-
-def _is_rms(node: Node) -> bool:
-    """mean(x ** 2) of an RMSNorm written out (Llama's, T5's): it is read by ``+ eps`` and ``rsqrt`` alone."""
-    if short_name(node) != "mean":
-        return False
-    source = node.args[0]
-    squared = isinstance(source, Node) and (
-        (short_name(source) == "pow" and source.args[1] == 2)
-        or short_name(source) == "square"
-        or (short_name(source) == "mul" and source.args[0] is source.args[1])
-    )
-    followers = list(node.users)
-    while len(followers) == 1 and short_name(followers[0]) == "add":
-        followers = list(followers[0].users)
-    return squared and len(followers) == 1 and short_name(followers[0]) in ("rsqrt", "sqrt", "pow")
