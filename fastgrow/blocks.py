@@ -184,15 +184,15 @@ def block_directions(
     units: int,
     *,
     bias: bool = False,
-    signed: bool = False,
+    signed: Tensor | None = None,
 ) -> UnitDirections:
     """GradMax's directions for so many units, whole units at a time.
 
-    bias: the producers' biases count as columns of M (not beside gates). signed: the units come as signed pairs; this
-    is the outgoing direction of each under its own mask.
+    bias: the producers' biases count as columns of M (not beside gates). signed: the units come as signed pairs,
+    with incoming weights of this size (n, 1) at each entry; this is the outgoing direction of each under its own mask.
     """
     if site.separate and not site.gates:
-        return _separate_directions(model, sites, site, captures, weights, units, bias and not signed, signed)
+        return _separate_directions(model, sites, site, captures, weights, units, bias and signed is None, signed)
     channels = Channels.of(tensors_of(model), sites.sizes(model), sites, site)
     gates = gate_rows(model, sites, site, units)
     maps = []
@@ -224,7 +224,7 @@ def _separate_directions(
     weights: Sequence[float],
     units: int,
     bias: bool,
-    signed: bool,
+    signed: Tensor | None,
 ) -> UnitDirections:
     """Unit j takes the j-th direction of every channel."""
     pairs = stacked_pairs(model, sites, site, captures, weights, bias=bias)
@@ -241,8 +241,8 @@ def _separate_directions(
         ]
         left, values, right, captured = _Maps(maps, channels, site, count).leading()
         left, values, right = left[..., :units], values[..., :units], right[..., :units]
-    if signed:
-        vectors = channels.into.whole(right)
+    if signed is not None:
+        vectors = channels.into.whole(right) * signed
         masked = [
             ReplayMap(Replay(model, sites, site, capture, live=True), weight, base=torch.cat([vectors, -vectors], 1))
             for capture, weight in zip(captures, weights, strict=True)

@@ -1,7 +1,8 @@
 """Signed pairs: GradMax behind a ReLU that cannot be swapped.
 
 With incoming weights w = +-epsilon v the new units see the samples with h . w > 0 only: the growth matrix
-is solved again under that mask, for each pair, and the sign that attains more is taken.
+is solved again under that mask, for each pair, and the sign that attains more is taken. Batch norms and activations
+with an upper end are not the same at every scale, so they are linearised at the w that the units will have.
 """
 
 from __future__ import annotations
@@ -26,24 +27,26 @@ def signed_pairs(
     captures: Sequence[Capture],
     weights: Sequence[float],
     plain: Directions,
+    size: float,
     *,
     bias: bool = False,
     solver: Callable[..., list[Directions]] = solve,
 ) -> Directions:
     """The plain directions, each turned to its better sign and its outgoing side solved under its own mask.
 
+    size: the norm of w.
     left: the outgoing direction of each pair; right: the incoming one, signed; values: the norm of the
     gradient that a unit outgoing weight attains there.
     """
     candidates: list[tuple[Tensor, LinearMap]] = []
     for column in plain.right.T:
         for sign in (1.0, -1.0):
-            base = sign * column
+            base = sign * size * column
             maps = [
                 ReplayMap(Replay(model, sites, site, capture, live=True), weight, bias=bias, base=base)
                 for capture, weight in zip(captures, weights, strict=True)
             ]
-            candidates.append((base, maps[0] if len(maps) == 1 else SumMap(maps)))
+            candidates.append((sign * column, maps[0] if len(maps) == 1 else SumMap(maps)))
     found = solver([mapping for _, mapping in candidates], 1, names=[site.name] * len(candidates))
     lefts, values, rights = [], [], []
     for pair in range(len(plain.values)):

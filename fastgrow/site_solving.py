@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from .blocks import block_directions, has_blocks
 from .distributed import Replicas, together
 from .growth_map import growth_map
+from .how import Newborns
 from .names import find_module
 from .operators import LinearMap
 from .pairs import signed_pairs
@@ -28,14 +29,15 @@ __all__ = ["SiteSolving"]
 class SiteSolving:
     """Solves sites from captures, each with its weight in M = sum_b weight_b M_b.
 
-    rank: directions wanted of each site. signed: sites whose units come as signed pairs.
+    rank: directions wanted of each site. signed: sites whose units come as signed pairs, and the norm of their
+    incoming weights relative to the present ones' mean.
     """
 
     model: nn.Module
     sites: Sites
     rank: Mapping[str, int]
     bias: bool
-    signed: frozenset[str]
+    signed: Mapping[str, float]
     replicas: Replicas | None
     _maps: dict[str, LinearMap] = field(default_factory=dict)
 
@@ -52,7 +54,7 @@ class SiteSolving:
                 directions[site.name] = self._pooled(site, captures, weights, partial(self._alone, site))
             elif site.name in self.signed:
                 plain = directions[site.name]
-                with self._gathered(site):
+                with self._gathered(site, weights=True):
                     directions[site.name] = self._pairs(site, captures, weights, plain, solved)
         return directions
 
@@ -91,7 +93,7 @@ class SiteSolving:
         """One site's directions from these tensors and no others."""
         rank = self.rank[site.name]
         if has_blocks(site):
-            signed = site.name in self.signed
+            signed = self._sizes(site) if site.name in self.signed else None
             return block_directions(
                 self.model, self.sites, site, captures, weights, rank, bias=self.bias, signed=signed
             )
@@ -107,7 +109,13 @@ class SiteSolving:
         plain: Directions,
         solver: Callable[..., list[Directions]],
     ) -> Directions:
-        return signed_pairs(self.model, self.sites, site, captures, weights, plain, bias=self.bias, solver=solver)
+        size = self.signed[site.name] * Newborns(self.model, self.sites, site, site.step).mean_norm("producer")
+        return signed_pairs(self.model, self.sites, site, captures, weights, plain, size, bias=self.bias, solver=solver)
+
+    def _sizes(self, site: Site) -> Tensor:
+        """(n, 1): the size of a new unit's incoming weights at each of their entries, channel by channel."""
+        newborns = Newborns(self.model, self.sites, site, site.step)
+        return newborns.side("producer").spread(newborns.incoming_part_norms(self.signed[site.name], "mean")[:, None])
 
     def _normed_together(self, site: Site) -> bool:
         """Whether a batch norm on the site takes its statistics over all ranks."""

@@ -403,3 +403,13 @@ def test_an_rms_norms_new_eps_is_that_of_the_next_growth(norm: Callable[[], nn.M
     for _ in range(3):
         predicted, found = gains(model, "inner", 1, x, sites)
         assert predicted == pytest.approx(found, rel=1e-8)
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["bare", "batch_norm"])
+@pytest.mark.parametrize("bend", [F.relu, F.relu6, nn.Hardtanh(0.0, 1.0)], ids=["relu", "relu6", "hardtanh"])
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_signed_pairs_are_solved_where_they_start(norm: bool, bend: Callable[[Tensor], Tensor], scale: float) -> None:
+    torch.manual_seed(0)
+    model, x = Bent(bend, norm).double(), scale * torch.randn(9, 6).double()
+    predicted, found = gains(model, "a", 4, x, fg.find_sites(model, x))
+    assert predicted == pytest.approx(found, rel=1e-6)

@@ -28,6 +28,7 @@ __all__ = ["discover"]
 ACTIVATIONS = frozenset(
     [
         "relu",
+        "relu6",
         "hardtanh",
         "leaky_relu",
         "prelu",
