@@ -444,3 +444,42 @@ def test_a_plan_counts_the_memory_of_buffers_and_of_each_dtype() -> None:
     assert plan.memory[0] == held()
     fg.grow(model, {"0": 4, "3": 2}, fg.how.Random(), sites=sites)
     assert plan.memory[1] == held()
+
+
+SMALL_OP = fg.ops.ConvGeometry(3, padding=1)
+OPS: dict[str, tuple[str, Callable[[Tensor], object]]] = {
+    "a list": ("x is a list", lambda x: fg.ops.sum_of_squares([1.0])),  # type: ignore[arg-type]
+    "no tensors": ("wanted a list", lambda x: fg.ops.sums_of_squares(None)),  # type: ignore[arg-type]
+    "None": ("grad is a NoneType", lambda x: fg.ops.activation_backward(None, x, "relu")),  # type: ignore[arg-type]
+    "half a direction": ("k = 1.5", lambda x: fg.ops.top_directions([x], 1.5)),  # type: ignore[arg-type]
+    "out is a list": ("out is a list", lambda x: fg.ops.linear_growth_matrix(x, x, out=[x])),  # type: ignore[arg-type]
+    "out is an input": ("out shares memory with grad_output", lambda x: fg.ops.linear_growth_matrix(x, x, out=x)),
+    "out is a view of one": (
+        "out shares memory with input",
+        lambda x: fg.ops.linear_growth_matrix(x.clone(), x, out=x.view(-1).as_strided((6, 6), (1, 6))),
+    ),
+    "out is expanded": ("out is expanded", lambda x: fg.ops.linear_growth_matrix(x, x, out=x[:1].clone().expand(6, 6))),
+    "out of a convolution": (
+        "out shares memory",
+        lambda x: fg.ops.conv2d_growth_matrix(
+            *[x.view(1, 1, 6, 6)] * 2, SMALL_OP, SMALL_OP, out=x.as_strided((9, 9), (1, 1))
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", OPS)
+def test_wrong_ops_say_what_was_wanted(wrong: str) -> None:
+    message, act = OPS[wrong]
+    x = torch.randn(6, 6)
+    before = x.clone()
+    with pytest.raises(fg.GrowthError, match=message):
+        act(x)
+    assert torch.equal(x, before)
+
+
+def test_out_may_lie_beside_an_input() -> None:
+    whole = torch.randn(12, 6)
+    x, out = whole[:6], whole[6:]
+    expected = out + x.T @ x
+    torch.testing.assert_close(fg.ops.linear_growth_matrix(x, x, out=out), expected)
