@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any, Literal
@@ -127,6 +128,8 @@ class Grower:
             self._round_to = whole("Grower", "reserve", reserve)
             check_room(model, sites, [site.name for site in sites], self.how)
         self._options = {"loss_reduction": loss_reduction, "loss_scale": loss_scale}
+        self._dropped_before = 0
+        self._told = False  # that nothing is measured
         self._due: list[int] = []  # the steps on which growth was or will be due
         self._asked = 0  # the last step that `when` was asked about
         self._seen: Observation | None = None
@@ -327,11 +330,26 @@ class Grower:
             self._arm_now(self.when.metric(metric))
         ready = bool(self._due) and self._due[0] <= self.steps
         report = self._grow(closure) if ready else None
+        if metric is None:
+            self._tell_unseen()
         if not self._due:
             self._seen = None
         if metric is None:
             self._arm_ahead()
         return report
+
+    def _tell_unseen(self) -> None:
+        """Warns, once, of a growth that waits for a measurement which nobody makes."""
+        waiting = self._due and self._due[0] <= self.steps and self._watching is None
+        if waiting and self.dropped == self._dropped_before and not self._told:
+            self._told = True
+            warnings.warn(
+                f"Grower: a growth is due on step {self.steps}, and no backward pass was seen inside "
+                "`with grower.observe():`; put the forward and the backward pass of each step there, or give "
+                "step(closure=...); it waits until then",
+                stacklevel=3,
+            )
+        self._dropped_before = self.dropped
 
     def _grow(self, closure: Callable[[], Tensor] | None) -> GrowthReport | None:
         started = time.perf_counter()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -483,3 +485,25 @@ def test_out_may_lie_beside_an_input() -> None:
     x, out = whole[:6], whole[6:]
     expected = out + x.T @ x
     torch.testing.assert_close(fg.ops.linear_growth_matrix(x, x, out=out), expected)
+
+
+@pytest.mark.parametrize("block", [True, False], ids=["forward alone", "no block"])
+def test_a_growth_that_nobody_measures_is_told_once(block: bool) -> None:
+    model, x, y = small()
+    grower = fg.Grower(model, None, sites=fg.find_sites(model, x), when=fg.when.Every(2))
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            with grower.observe() if block else contextlib.nullcontext():
+                loss = F.mse_loss(model(x), y)
+            loss.backward()
+            grower.step()
+
+    with pytest.warns(UserWarning, match="no backward pass was seen"):
+        steps(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steps(4)
+        with grower.observe():
+            F.mse_loss(model(x), y).backward()
+        assert grower.step() is not None
