@@ -138,6 +138,7 @@ class Grower:
         self._blocks = self._wanted = 0  # seen since the measurement began, and how many it lasts
         self._for_gain = False
         self._observe_seconds = 0.0
+        self.where.check(sites)
         self._check_method()
         if needs := self._needs():
             self._observer(needs)  # refuses by name what cannot be observed, before training begins
@@ -152,17 +153,13 @@ class Grower:
         """Refuses sites that the policy may ask for and the method cannot grow: now, not once a growth is due."""
         refused: dict[str, str] = {}
         mapped = (self.how.needs_directions and self.how.reads_growth) or self.where.reads & {"directions", "natural"}
-        offered = self._offered()
-        widths = offered.widths(self.model)
-        for site in offered:
-            asked = self.where.most(site, widths[site.name])
-            if units := self.where.rounded(site, widths[site.name], asked):
-                try:
-                    check_units(self.model, self.sites, site.name, units, self.how)
-                    if mapped:
-                        check_mapped(site)
-                except GrowthError as error:
-                    refused[site.name] = str(error)
+        for name, units in self._wishes().items():
+            try:
+                check_units(self.model, self.sites, name, units, self.how)
+                if mapped:
+                    check_mapped(self.sites[name])
+            except GrowthError as error:
+                refused[name] = str(error)
         if refused:
             raise GrowthError(
                 f"Grower: {next(iter(refused.values()))}. To grow the others: "
@@ -174,6 +171,14 @@ class Grower:
         widths = self.sites.widths(self.model)
         items = [replace(site, multiple=self.how.multiple(site, widths[site.name])) for site in self.sites]
         return replace(self.sites, items=tuple(items))
+
+    def _wishes(self) -> dict[str, int]:
+        """The most units that the policy can ask of each site that may still grow."""
+        offered = self._offered()
+        widths = offered.widths(self.model)
+        most = {site.name: self.where.most(site, widths[site.name]) for site in offered}
+        wishes = {site.name: self.where.rounded(site, widths[site.name], most[site.name]) for site in offered}
+        return {name: wish for name, wish in wishes.items() if wish}
 
     @property
     def _span(self) -> int:
@@ -249,6 +254,8 @@ class Grower:
             needs = needs | self.when.reads
         if not needs or (self._seen is not None and self._due):
             return False
+        if not self._for_gain and not self._wishes():  # every site is as wide as the policy lets it be
+            return False
         ahead = self._due[0] - self.steps if self._due else 0
         self._wanted = self.accumulation * (min(ahead, self._span) if ahead > 0 else self._span)
         self._blocks = 0
@@ -270,13 +277,7 @@ class Grower:
         sketch = self.growth == "sketch" if sketch is None else sketch
         growth: dict[str, Any] = {"growth": False}
         if needs & {"directions", "natural"}:
-            offered = self._offered()
-            widths = offered.widths(self.model)
-            wishes = {
-                site.name: self.where.rounded(site, widths[site.name], self.where.most(site, widths[site.name]))
-                for site in offered
-            }
-            room = {name: wish for name, wish in wishes.items() if wish}
+            room = self._wishes()
             growth = observing(self.sites, room, self.how)
             if not self.how.needs_directions:
                 growth["growth"] = list(room)
@@ -357,6 +358,8 @@ class Grower:
         if closure is not None and needs:
             self._seen = self._measured_now(closure)
         if needs and self._seen is None:
+            if not self._wishes():
+                self._disarm()
             return None
         remembered = self.where.state_dict()
         evidence = self._evidence(self._seen)

@@ -507,3 +507,26 @@ def test_a_growth_that_nobody_measures_is_told_once(block: bool) -> None:
         with grower.observe():
             F.mse_loss(model(x), y).backward()
         assert grower.step() is not None
+
+
+def test_nothing_is_armed_for_ever_once_no_site_may_grow() -> None:
+    model, x, y = small()
+    grower = fg.Grower(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        sites=fg.find_sites(model, x),
+        when=fg.when.Every(2),
+        where=fg.where.Everywhere(target=18),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        looped(grower, x, y, 8)
+    assert [report.step for report in grower.history] == [2]
+    assert not grower.armed
+
+
+def test_names_that_fit_no_site_are_told_at_once() -> None:
+    model, x, _ = small()
+    for where in (fg.where.Everywhere(target={"zz": 20}), fg.where.NAGN(max_width={"zz": 20})):
+        with pytest.raises(fg.GrowthError, match="names 'zz', which fits no site"):
+            fg.Grower(model, None, sites=fg.find_sites(model, x), when=fg.when.Every(2), where=where)

@@ -36,6 +36,10 @@ class Where(ABC):
     def most(self, site: Site, width: int) -> int:
         """The most units the policy itself asks of this site in one growth."""
 
+    def check(self, sites: Sites) -> None:
+        """Raises `GrowthError` for a name or pattern that fits none of these sites."""
+        check_patterns("max_width", self.limits.max_width, sites)
+
     def rank(self, sites: Sites, widths: Mapping[str, int]) -> int:
         """The most units that this policy can ask of one site at once; 0 where no site can grow."""
         return max(
@@ -49,7 +53,7 @@ class Where(ABC):
 
         Raises `GrowthError` for a limit that names no site, and for evidence that was not observed.
         """
-        check_patterns("max_width", self.limits.max_width, evidence.sites)
+        self.check(evidence.sites)
         self.explanation = {}
         wish = self.allocate(evidence)
         order: list[tuple[float, str, int]] = []

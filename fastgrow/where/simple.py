@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ..arguments import number, whole
 from ..errors import GrowthError
-from ..sites.site import Site
+from ..sites.site import Site, Sites
 from .base import Where
 from .evidence import Evidence
 from .limits import LimitOptions, Limits, check_patterns, of_site
@@ -74,8 +74,11 @@ class Everywhere(Where):
         room = next((goal - width for goal in _curve(value) if goal - width >= first), 0)
         return first + (room - first) // further * further if room else 0
 
+    def check(self, sites: Sites) -> None:
+        super().check(sites)
+        check_patterns(self.argument, self.amount, sites)
+
     def allocate(self, evidence: Evidence) -> dict[str, int]:
-        check_patterns(self.argument, self.amount, evidence.sites)
         return {site.name: self.most(site, evidence.widths[site.name]) for site in evidence.sites}
 
 
