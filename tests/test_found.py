@@ -530,3 +530,20 @@ def test_names_that_fit_no_site_are_told_at_once() -> None:
     for where in (fg.where.Everywhere(target={"zz": 20}), fg.where.NAGN(max_width={"zz": 20})):
         with pytest.raises(fg.GrowthError, match="names 'zz', which fits no site"):
             fg.Grower(model, None, sites=fg.find_sites(model, x), when=fg.when.Every(2), where=where)
+
+
+def test_a_grower_is_copied_with_its_model() -> None:
+    model, x, y = small()
+    grower = fg.Grower(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        example_inputs=x,
+        when=fg.when.Every(2),
+        where=fg.where.Everywhere(units=2),
+    )
+    twin = copy.deepcopy(grower)
+    looped(twin, x, y, 2)
+    assert twin.model[0].out_features == 18  # type: ignore[index]
+    assert model[0].out_features == 16
+    looped(grower, x, y, 2)
+    assert torch.equal(model[0].weight, twin.model[0].weight)  # type: ignore[index]
