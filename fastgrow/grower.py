@@ -19,7 +19,7 @@ from .distributed import replicas_of
 from .errors import GrowthError
 from .gain import GainMeter
 from .grow import GrowthReport, SiteGrowth, grow_observed, observe_closure, observing
-from .growth_map import check_mapped
+from .growth_map import check_mapped, check_untied
 from .how import GradMax, How
 from .insert import insert_layer
 from .names import find_module
@@ -156,6 +156,7 @@ class Grower:
         for name, units in self._wishes().items():
             try:
                 check_units(self.model, self.sites, name, units, self.how)
+                check_untied(self.sites[name])
                 if mapped:
                     check_mapped(self.sites[name])
             except GrowthError as error:

@@ -547,3 +547,28 @@ def test_a_grower_is_copied_with_its_model() -> None:
     assert model[0].out_features == 16
     looped(grower, x, y, 2)
     assert torch.equal(model[0].weight, twin.model[0].weight)  # type: ignore[index]
+
+
+class TiedHead(nn.Module):
+    """An embedding whose weight is the output layer's too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.inner = nn.Linear(8, 12)
+        self.outer = nn.Linear(12, 8)
+        self.head = nn.Linear(8, 11)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embedding(x)
+        return self.head(h + self.outer(torch.tanh(self.inner(h))))
+
+
+@pytest.mark.parametrize("how", [fg.how.Net2Net(), fg.how.GradMax()], ids=["Net2Net", "GradMax"])
+def test_tied_sites_are_refused_before_training(how: fg.how.How) -> None:
+    model, x = TiedHead(), torch.randint(0, 11, (6, 5))
+    with pytest.raises(fg.GrowthError, match=r"is tied.*exclude=\['embedding'\]"):
+        fg.Grower(model, None, example_inputs=x, when=fg.when.Every(2), how=how)
+    rest = fg.find_sites(model, x, exclude="embedding")
+    fg.Grower(model, None, sites=rest, when=fg.when.Every(2), how=how)
