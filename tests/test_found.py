@@ -205,6 +205,10 @@ CALLS: dict[str, tuple[str, Callable[..., object]]] = {
     "a scale": ("loss_scale='x'", lambda **c: grower(c, loss_scale="x")),
     "a rank": ("rank=2.5", lambda **c: fg.observe(c["model"], c["sites"], rank=2.5)),
     "a negative count": ("k=-1", lambda **c: seen(**c).directions(-1)),
+    "one chain for a list": ("a list of chains", lambda **c: fg.name_sites(c["model"], torch.ones(1, 8), ["0", "2"])),
+    "no model": ("model=None", lambda **c: fg.find_sites(None, torch.ones(1, 8))),
+    "a position to leave out": ("exclude=0", lambda **c: fg.find_sites(c["model"], torch.ones(1, 8), exclude=[0])),
+    "one milestone": ("when.Milestones: steps=5", lambda **c: fg.when.Milestones(5)),
     "a grower for its history": ("grower.history", lambda **c: fg.report(grower(c))),
 }
 
