@@ -217,6 +217,7 @@ def activation_of(node: Node) -> LayerSpec | None:
     bound = bind(node)
     kinds: dict[str, tuple[str, tuple[str, ...]]] = {
         "relu": ("ReLU", ()),
+        "relu6": ("ReLU6", ()),
         "gelu": ("GELU", ("approximate",)),
         "silu": ("SiLU", ()),
         "tanh": ("Tanh", ()),

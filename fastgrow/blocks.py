@@ -176,15 +176,16 @@ class _Maps:
         return math.sqrt(float(torch.where(reach > 0, total / reach, 1.0).min()))
 
 
-def block_directions(data: SiteData, units: int, *, signed: bool = False) -> UnitDirections:
+def block_directions(data: SiteData, units: int, *, signed: Tensor | None = None) -> UnitDirections:
     """GradMax's directions for so many units, whole units at a time.
 
     The producers' biases count as columns of M where units are alone in each channel: not beside gates, and not in
-    signed pairs. signed: the units come as such; this is the outgoing direction of each under its own mask.
+    signed pairs. signed: the units come as such, with incoming weights of this size (n, 1) at each entry; this is the
+    outgoing direction of each under its own mask.
     """
     model, sites, site = data.model, data.sites, data.site
     if site.separate and not site.gates:
-        return _separate_directions(replace(data, bias=data.bias and not signed), units, signed)
+        return _separate_directions(replace(data, bias=data.bias and signed is None), units, signed)
     channels = Channels.of(tensors_of(model), sites.sizes(model), sites, site)
     gates = gate_rows(model, sites, site, units)
     maps = []
@@ -208,7 +209,7 @@ def block_directions(data: SiteData, units: int, *, signed: bool = False) -> Uni
     )
 
 
-def _separate_directions(data: SiteData, units: int, signed: bool) -> UnitDirections:
+def _separate_directions(data: SiteData, units: int, signed: Tensor | None) -> UnitDirections:
     """Unit j takes the j-th direction of every channel."""
     model, sites, site = data.model, data.sites, data.site
     pairs = stacked_pairs(data)
@@ -221,8 +222,8 @@ def _separate_directions(data: SiteData, units: int, signed: bool) -> UnitDirect
         count = units + _SPARE
         left, values, right, captured = _Maps(data.maps(), channels, site, count).leading()
         left, values, right = left[..., :units], values[..., :units], right[..., :units]
-    if signed:
-        vectors = channels.into.whole(right)
+    if signed is not None:
+        vectors = channels.into.whole(right) * signed
         masked = data.maps(torch.cat([vectors, -vectors], 1), live=True)
         problem = _Maps(masked, channels, site, 2 * vectors.shape[1], single=True)
         both, attained, _, captured = problem.leading()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .birth import ZERO_ROLES, birth_values
 from .enlarge import Block, filled
 from .errors import GrowthError
+from .growth_map import check_untied
 from .layout import Layout, index_map, new_positions, run_start, size, unit_positions, whole_unit_positions
 from .names import eps_of, find_module
 from .newborns import Newborns, Start
@@ -94,10 +95,7 @@ class EditBuilder:
 
     def add(self, site: Site, start: Start) -> None:
         if site.tied and (start.sources is not None or _writes(start)):
-            raise GrowthError(
-                f"site {site.name!r}: {site.tied[0]!r} is tied, producer and consumer at once, so its new entries "
-                "cannot be zero on one side only; exclude the site, or untie the weights"
-            )
+            check_untied(site)
         for name in (*(slot.tensor for slot in site.slots), *start.rescale, *start.shift):
             self._open(name)
         if self.rewriting:

@@ -317,7 +317,7 @@ def observing(sites: Sites, units: Mapping[str, int], how: How) -> dict[str, Any
         "growth": [name for name, rank in ranks.items() if rank],
         "rank": ranks,
         "bias": bool(getattr(how, "bias", False)),
-        "signed": [name for name in ranks if how.signed(sites[name])],
+        "signed": {name: float(getattr(how, "epsilon", 1.0)) for name in ranks if how.signed(sites[name])},
         "solvers": {how.name: how.solve} if how.solves else {},
         "unmapped": list(ranks) if how.solves and not how.reads_growth else [],
     }

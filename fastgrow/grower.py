@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from .distributed import replicas_of
 from .errors import GrowthError
 from .gain import GainMeter
 from .grow import grow_observed, observe_closure, observing
-from .growth_map import check_mapped
+from .growth_map import check_mapped, check_untied
 from .growth_report import GrowthReport, SiteGrowth
 from .how import GradMax, How
 from .insert import insert_layer
@@ -137,6 +138,8 @@ class Grower:
             self._round_to = whole("Grower", "reserve", reserve)
             check_room(model, self.sites, [site.name for site in self.sites], self.how)
         self._options = {"loss_reduction": loss_reduction, "loss_scale": loss_scale}
+        self._dropped_before = 0
+        self._told = False  # that nothing is measured
         self._due: list[int] = []  # the steps on which growth was or will be due
         self._asked = 0  # the last step that `when` was asked about
         self._seen: Observation | None = None
@@ -148,9 +151,8 @@ class Grower:
         if needs := self._needs():
             self._observer(needs)  # refuses by name what cannot be observed, before training begins
         if isinstance(reserve, Mapping):
-            present = (
-                self.sites.widths(model) if newest_stage(unwrap(model)) else {}
-            )  # a run that is resumed may be past it
+            # a run that is resumed may be past it
+            present = self.sites.widths(model) if newest_stage(unwrap(model)) else {}
             widths = {name: width for name, width in reserve.items() if present.get(name, 0) < width}
             if widths:
                 make_room(model, widths, sites=self.sites, how=self.how, optimizer=self.optimizers, also=self.also)
@@ -160,17 +162,14 @@ class Grower:
         """Sites that the policy may ask for and the method cannot grow: told now, not once a growth is due."""
         refused: dict[str, str] = {}
         mapped = (self.how.needs_directions and self.how.reads_growth) or self.where.reads & {"directions", "natural"}
-        offered = self._offered()
-        widths = offered.widths(self.model)
-        for site in offered:
-            asked = self.where.most(site, widths[site.name])
-            if units := self.where.rounded(site, widths[site.name], asked):
-                try:
-                    check_units(self.model, self.sites, site.name, units, self.how)
-                    if mapped:
-                        check_mapped(site)
-                except GrowthError as error:
-                    refused[site.name] = str(error)
+        for name, units in self._wishes().items():
+            try:
+                check_units(self.model, self.sites, name, units, self.how)
+                check_untied(self.sites[name])
+                if mapped:
+                    check_mapped(self.sites[name])
+            except GrowthError as error:
+                refused[name] = str(error)
         return refused
 
     def _offered(self) -> Sites:
@@ -178,6 +177,14 @@ class Grower:
         widths = self.sites.widths(self.model)
         items = [replace(site, multiple=self.how.multiple(site, widths[site.name])) for site in self.sites]
         return replace(self.sites, items=tuple(items))
+
+    def _wishes(self) -> dict[str, int]:
+        """The most units that the policy can ask of each site that may still grow."""
+        offered = self._offered()
+        widths = offered.widths(self.model)
+        most = {site.name: self.where.most(site, widths[site.name]) for site in offered}
+        wishes = {site.name: self.where.rounded(site, widths[site.name], most[site.name]) for site in offered}
+        return {name: wish for name, wish in wishes.items() if wish}
 
     @property
     def _span(self) -> int:
@@ -253,6 +260,8 @@ class Grower:
             needs = needs | self.when.reads
         if not needs or (self._seen is not None and self._due):
             return False
+        if not self._for_gain and not self._wishes():  # every site is as wide as the policy lets it be
+            return False
         ahead = self._due[0] - self.steps if self._due else 0
         self._wanted = self.accumulation * (min(ahead, self._span) if ahead > 0 else self._span)
         self._blocks = 0
@@ -274,13 +283,7 @@ class Grower:
         sketch = self.growth == "sketch" if sketch is None else sketch
         growth: dict[str, Any] = {"growth": False}
         if needs & {"directions", "natural"}:
-            offered = self._offered()
-            widths = offered.widths(self.model)
-            wishes = {
-                site.name: self.where.rounded(site, widths[site.name], self.where.most(site, widths[site.name]))
-                for site in offered
-            }
-            room = {name: wish for name, wish in wishes.items() if wish}
+            room = self._wishes()
             growth = observing(self.sites, room, self.how)
             if not self.how.needs_directions:
                 growth["growth"] = list(room)
@@ -334,11 +337,26 @@ class Grower:
             self._arm_now(self.when.metric(metric))
         ready = bool(self._due) and self._due[0] <= self.steps
         report = self._grow(closure) if ready else None
+        if metric is None:
+            self._tell_unseen()
         if not self._due:
             self._seen = None
         if metric is None:
             self._arm_ahead()
         return report
+
+    def _tell_unseen(self) -> None:
+        """Warns, once, of a growth that waits for a measurement which nobody makes."""
+        waiting = self._due and self._due[0] <= self.steps and self._watching is None
+        if waiting and self.dropped == self._dropped_before and not self._told:
+            self._told = True
+            warnings.warn(
+                f"Grower: a growth is due on step {self.steps}, and no backward pass was seen inside "
+                "`with grower.observe():`; put the forward and the backward pass of each step there, or give "
+                "step(closure=...); it waits until then",
+                stacklevel=3,
+            )
+        self._dropped_before = self.dropped
 
     def _grow(self, closure: Callable[[], Tensor] | None) -> GrowthReport | None:
         started = time.perf_counter()
@@ -346,6 +364,8 @@ class Grower:
         if closure is not None and needs:
             self._seen = self._measured_now(closure)
         if needs and self._seen is None:
+            if not self._wishes():
+                self._disarm()
             return None
         remembered = self.where.state_dict()
         evidence = self._evidence(self._seen)

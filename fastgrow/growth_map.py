@@ -17,7 +17,7 @@ from .site_data import SiteData, summed
 from .sites import LayerCall, Site, Sites
 from .sites.nodes import bind, conv_padding, module_of, plain_name, short_name
 
-__all__ = ["growth_map", "stacked_pairs"]
+__all__ = ["check_mapped", "check_untied", "growth_map", "stacked_pairs"]
 
 _PASSES = frozenset(
     "dropout feature_dropout alpha_dropout feature_alpha_dropout contiguous clone alias detach to view reshape flatten "
@@ -159,6 +159,11 @@ def check_mapped(site: Site) -> None:
                 f"site {site.name!r}: {norm.module!r} (LayerNorm) mixes its channels, so units added by gradients "
                 "would change the function; leave the site out, or grow it by full duplication"
             )
+    check_untied(site)
+
+
+def check_untied(site: Site) -> None:
+    """Raises `GrowthError` for a site whose units are written and read by one tensor."""
     if site.tied:
         raise GrowthError(
             f"site {site.name!r}: {site.tied[0]!r} is tied, producer and consumer at once, so its new entries cannot "

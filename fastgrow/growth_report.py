@@ -12,9 +12,9 @@ __all__ = ["GrowthReport", "SiteGrowth"]
 class SiteGrowth:
     """What happened at one site.
 
-    captured: the solver's estimate of the captured norm. predicted_gain: learning rate times the attained
-    squared gradient, the first-order decrease of the loss at the new units' first step; None without an optimizer
-    or where the method attains none that it knows (with measure_gain: that of the gradient found).
+    captured: the solver's estimate of the captured norm. predicted_gain: learning rate (the first parameter group's)
+    times the attained squared gradient, the first-order decrease of the loss at the new units' first step; None
+    without an optimizer or where the method attains none that it knows (with measure_gain: that of the gradient found).
     measured_gain: the decrease seen when the new units of this site alone take that step, on the batch of the
     closure (`fastgrow.gain.GainMeter`); None unless measure_gain was asked for.
     """

@@ -7,7 +7,7 @@ met raises `GrowthError`; only "auto" falls back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -40,6 +40,9 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _check_tensors(op: str, **tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise GrowthError(f"{op}: {name} is a {type(x).__name__}, wanted a tensor")
     first = next(iter(tensors.values()))
     for name, x in tensors.items():
         if x.dtype not in _DTYPES:
@@ -76,9 +79,9 @@ def sum_of_squares(x: Tensor, *, backend: Backend = "auto") -> Tensor:
     Any rank and strides (a tensor with gaps is read in place); accumulated in the result's dtype; two runs
     give the same bits. Raises GrowthError for other dtypes or a backend that cannot run.
     """
-    x = x.detach()
-    if x.layout != torch.strided or x.dtype not in _DTYPES:
+    if not isinstance(x, Tensor) or x.layout != torch.strided or x.dtype not in _DTYPES:
         _check_tensors("sum_of_squares", x=x)
+    x = x.detach()
     if _use_triton("sum_of_squares", backend, x, float64=True):
         from .kernels.sum_of_squares import sums_of_squares as launch
 
@@ -91,10 +94,13 @@ def sums_of_squares(tensors: Sequence[Tensor], *, backend: Backend = "auto") -> 
 
     Each value is the same whatever shares the call.
     """
-    tensors = [x.detach() for x in tensors]
+    if not isinstance(tensors, Iterable):
+        raise GrowthError(f"sums_of_squares: tensors is a {type(tensors).__name__}, wanted a list of tensors")
+    tensors = list(tensors)
     if not tensors:
         return torch.zeros(0)
-    _check_tensors("sum_of_squares", **{f"tensor {i}": x for i, x in enumerate(tensors)})
+    _check_tensors("sums_of_squares", **{f"tensor {i}": x for i, x in enumerate(tensors)})
+    tensors = [x.detach() for x in tensors]
     if _use_triton("sum_of_squares", backend, tensors[0], float64=True):
         from .kernels.sum_of_squares import sums_of_squares as launch
 
@@ -176,13 +182,39 @@ def _aten_activation(grad: Tensor, x: Tensor, activation: str, negative_slope: f
     return aten.activation_backward(grad.to(wide), x.to(wide), activation, negative_slope).to(grad.dtype)
 
 
-def _check_out(op: str, out: Tensor | None, shape: tuple[int, int], like: Tensor, dtype: torch.dtype) -> None:
+def _check_out(
+    op: str, out: Tensor | None, shape: tuple[int, int], dtype: torch.dtype, grad_output: Tensor, input: Tensor
+) -> None:
     if out is None:
         return
+    like = grad_output
+    if not isinstance(out, Tensor):
+        raise GrowthError(f"{op}: out is a {type(out).__name__}, wanted a tensor {shape} {dtype} on {like.device}")
+    if any(extent > 1 and stride == 0 for extent, stride in zip(out.shape, out.stride(), strict=True)):
+        raise GrowthError(f"{op}: out is expanded, so its entries share memory: call .clone()")
+    for name, x in (("grad_output", grad_output), ("input", input)):
+        if _overlap(out, x):
+            raise GrowthError(f"{op}: out shares memory with {name}, which is read while out is written; clone one")
     if tuple(out.shape) != shape or out.dtype != dtype or out.device != like.device:
         raise GrowthError(
             f"{op}: out is {tuple(out.shape)} {out.dtype} on {out.device}, wanted {shape} {dtype} on {like.device}"
         )
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors lie in one storage and their extents in it meet."""
+    if not a.numel() or not b.numel() or a.is_meta or b.is_meta:
+        return False
+    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return False
+    (first, last), (other_first, other_last) = (
+        (
+            x.data_ptr(),
+            x.data_ptr() + x.element_size() * (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))),
+        )
+        for x in (a, b)
+    )
+    return first < other_last and other_first < last
 
 
 def linear_growth_matrix(
@@ -196,9 +228,10 @@ def linear_growth_matrix(
     """M = sum_n dz_n h_n^T (GradMax eqs. 9, 10, without the division by the number of samples).
 
     grad_output: (..., O), dL/dz_{l+1}; input: (..., I), h_{l-1}, with the same leading dimensions, which
-    are summed over. Returns (O, I), float32 (float64 for float64); `out`, of that shape and dtype, is added
-    to and returned. A mean loss gives the mean over samples, a sum loss the sum. One library GEMM; float32
-    inputs are multiplied in float32 whatever tf32 switches are set, unless precision="tf32".
+    are summed over. Returns (O, I), float32 (float64 for float64); `out`, of that shape and dtype and in
+    memory of its own, is added to and returned. A mean loss gives the mean over samples, a sum loss the sum.
+    One library GEMM; float32 inputs are multiplied in float32 whatever tf32 switches are set, unless
+    precision="tf32".
     Raises GrowthError for shapes that do not fit and for backend="triton" (there is no such kernel).
     """
     op = "linear_growth_matrix"
@@ -216,7 +249,7 @@ def linear_growth_matrix(
     h = input.detach().reshape(-1, input.shape[-1]) if input.numel() else None
     shape = (grad_output.shape[-1], input.shape[-1])
     dtype = torch.promote_types(torch.promote_types(grad_output.dtype, input.dtype), torch.float32)
-    _check_out(op, out, shape, grad_output, dtype)
+    _check_out(op, out, shape, dtype, grad_output, input)
     if dz is None or h is None:
         return grad_output.new_zeros(shape, dtype=dtype) if out is None else out
     matrix = linear_growth.linear_growth_matrix(dz, h, None if out is None else out.detach(), precision)
@@ -265,7 +298,7 @@ def conv2d_growth_matrix(
     plan = Plan.of(tuple(dz.shape), tuple(h.shape), producer, consumer)
     dtype = torch.promote_types(dz.dtype, h.dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    _check_out(op, out, plan.shape, dz, wide)
+    _check_out(op, out, plan.shape, wide, dz, h)
     if _use_triton(op, backend, dz) and _use_triton(op, backend, h):
         from .kernels.conv_growth import conv2d_growth_matrix_ as launch
 

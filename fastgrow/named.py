@@ -28,6 +28,10 @@ def name_sites(model: nn.Module, example_inputs: Any, chains: Sequence[Sequence[
     for the shapes, and left as it was. Raises `GrowthError` for a name that is no module or is not called.
     """
     inner = unwrap(model)
+    if isinstance(chains, str) or not all(isinstance(chain, (list, tuple)) and len(chain) > 1 for chain in chains):
+        raise GrowthError(
+            f"name_sites: chains={chains!r} was given; wanted a list of chains, each a list of two module names or more"
+        )
     names = [name for chain in chains for name in chain]
     for name in names:
         if find_module(inner, name) is None:

@@ -93,8 +93,9 @@ class observe:
     "sketch": below). rank: directions kept, clipped to the matrix; one number, or one for each site.
     loss_reduction: "mean" or "sum", of the batch loss over samples. loss_scale: a factor that the
     loss was multiplied by, or the GradScaler that did it: divided out of everything that is read.
-    bias: count the producers' bias gradients as a column of M. signed: sites whose directions are wanted
-    for signed pairs behind a live ReLU. solvers: name -> another way to solve every site (`SiteView`), read
+    bias: count the producers' bias gradients as a column of M. signed: sites whose directions are wanted for signed
+    pairs behind a live ReLU, each with the norm of the new units' incoming weights, relative to the present ones' mean;
+    from there the layers between are linearised. solvers: name -> another way to solve every site (`SiteView`), read
     by `Observation.solution`. unmapped: sites that only these solvers look at.
 
     Any number of batches: they are weighted by their samples. Growth matrices of forward passes that one backward pass
@@ -130,7 +131,7 @@ class observe:
         loss_reduction: str = "mean",
         loss_scale: float | Any = 1.0,
         bias: bool = False,
-        signed: Sequence[str] = (),
+        signed: Mapping[str, float] | None = None,
         solvers: Mapping[str, Solver] | None = None,
         unmapped: Sequence[str] = (),
     ) -> None:
@@ -159,7 +160,7 @@ class observe:
         self._nagn = bool(nagn)
         self._scale = loss_scale
         self._bias = bias
-        self._signed = frozenset(signed)
+        self._signed = dict(signed or {})
         self._solvers = dict(solvers or {})
         self._unmapped = frozenset(unmapped)
         for site in self._targets:

@@ -1,7 +1,8 @@
 """Signed pairs: GradMax behind a ReLU that cannot be swapped.
 
 With incoming weights w = +-epsilon v the new units see the samples with h . w > 0 only: the growth matrix
-is solved again under that mask, for each pair, and the sign that attains more is taken.
+is solved again under that mask, for each pair, and the sign that attains more is taken. Batch norms and activations
+with an upper end are not the same at every scale, so they are linearised at the w that the units will have.
 """
 
 from __future__ import annotations
@@ -18,17 +19,19 @@ from .solve import Directions, solve
 __all__ = ["signed_pairs"]
 
 
-def signed_pairs(data: SiteData, plain: Directions, *, solver: Callable[..., list[Directions]] = solve) -> Directions:
+def signed_pairs(
+    data: SiteData, plain: Directions, size: float, *, solver: Callable[..., list[Directions]] = solve
+) -> Directions:
     """The plain directions, each turned to its better sign and its outgoing side solved under its own mask.
 
+    size: the norm of w.
     left: the outgoing direction of each pair; right: the incoming one, signed; values: the norm of the
     gradient that a unit outgoing weight attains there.
     """
     candidates: list[tuple[Tensor, LinearMap]] = []
     for column in plain.right.T:
         for sign in (1.0, -1.0):
-            base = sign * column
-            candidates.append((base, summed(data.maps(base, live=True))))
+            candidates.append((sign * column, summed(data.maps(sign * size * column, live=True))))
     found = solver([mapping for _, mapping in candidates], 1, names=[data.site.name] * len(candidates))
     lefts, values, rights = [], [], []
     for pair in range(len(plain.values)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ from .costs import pricing
 from .errors import GrowthError
 from .how import GradMax, How
 from .how.base import site_multiple
+from .layout import size
 from .sites import Site, Sites, live_tensors, unwrap
 
 __all__ = ["Plan", "check_units", "checked_units", "plan"]
@@ -60,21 +62,27 @@ def plan(model: nn.Module, units: Mapping[str, int], *, sites: Sites, how: How |
             refused[name] = str(error)
     price = pricing(model, sites)
     (old_parameters, old_flops), (new_parameters, new_flops) = price({}), price(allowed)
-    inner = unwrap(model)
-    tensors = live_tensors(inner)
-    memory = sum(
-        tensors[name].numel() * tensor.element_size()
-        for name, tensor in (*inner.named_parameters(), *inner.named_buffers())
-    )
-    sizes = {parameter.element_size() for parameter in inner.parameters()}
-    added = (new_parameters - old_parameters) * max(sizes, default=0)
     return Plan(
         {name: (widths[name], widths[name] + count) for name, count in allowed.items()},
         (old_parameters, new_parameters),
         (old_flops, new_flops),
-        (memory, memory + added),
+        (_bytes(model, sites, {}), _bytes(model, sites, allowed)),
         refused,
     )
+
+
+def _bytes(model: nn.Module, sites: Sites, units: Mapping[str, int]) -> int:
+    """Of parameters and buffers with these units more, without reserved room."""
+    inner = unwrap(model)
+    tensors, sizes = live_tensors(inner), sites.sizes(model)
+    for name, count in units.items():
+        sizes[sites[name].axis] += count // sites[name].step
+    total = 0
+    for name, tensor in (*inner.named_parameters(), *inner.named_buffers()):
+        layouts = sites.graph.tensor_dims.get(name) if sites.graph is not None else None
+        count = math.prod(size(layout, sizes) for layout in layouts) if layouts else tensors[name].numel()
+        total += count * tensor.element_size()
+    return total
 
 
 def checked_units(units: object) -> Mapping[str, object]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -61,7 +61,7 @@ class SiteSketches:
         targets: Sequence[Site],
         rank: Mapping[str, int],
         bias: bool,
-        signed: frozenset[str],
+        signed: Collection[str],
         replicas: Replicas | None,
     ) -> None:
         self.model, self.sites, self.bias, self.replicas = model, sites, bias, replicas
@@ -77,7 +77,7 @@ class SiteSketches:
             for need in needs:
                 self._readers.setdefault(need, []).append(name)
 
-    def _check(self, site: Site, signed: frozenset[str]) -> None:
+    def _check(self, site: Site, signed: Collection[str]) -> None:
         reason = None
         norms = [find_module(self.model, norm.module) for norm in site.norms]
         if self.sites.graph is None:

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from .blocks import block_directions, has_blocks
 from .distributed import Replicas, together
 from .growth_map import growth_map
 from .names import find_module
+from .newborns import Newborns
 from .operators import LinearMap
 from .pairs import signed_pairs
 from .replay import Capture, tensors_read
@@ -27,14 +28,15 @@ __all__ = ["SiteSolving"]
 class SiteSolving:
     """Solves sites from captures, each with its weight in M = sum_b weight_b M_b.
 
-    rank: directions wanted of each site. signed: sites whose units come as signed pairs.
+    rank: directions wanted of each site. signed: sites whose units come as signed pairs, and the norm of their
+    incoming weights relative to the present ones' mean.
     """
 
     model: nn.Module
     sites: Sites
     rank: Mapping[str, int]
     bias: bool
-    signed: frozenset[str]
+    signed: Mapping[str, float]
     replicas: Replicas | None
     _maps: dict[str, LinearMap] = field(default_factory=dict)
 
@@ -51,8 +53,8 @@ class SiteSolving:
             if site.name in apart:
                 directions[site.name] = self._pooled(views[site.name], self._alone)
             elif site.name in self.signed:
-                with self._gathered(site):
-                    directions[site.name] = signed_pairs(views[site.name], directions[site.name], solver=solved)
+                with self._gathered(site, weights=True):
+                    directions[site.name] = self._pairs(views[site.name], directions[site.name], solved)
         return directions
 
     def _whole(self, views: Sequence[SiteView], solver: Callable[..., list[Directions]]) -> dict[str, Directions]:
@@ -88,10 +90,20 @@ class SiteSolving:
         """One site's directions from these tensors and no others."""
         name = view.site.name
         if has_blocks(view.site):
-            return block_directions(view, view.rank, signed=name in self.signed)
+            return block_directions(view, view.rank, signed=self._sizes(view) if name in self.signed else None)
         mapping = view.growth
         (found,) = solve([mapping], min(view.rank, *mapping.shape), names=[name])
-        return signed_pairs(view, found) if name in self.signed else found
+        return self._pairs(view, found, solve) if name in self.signed else found
+
+    def _pairs(self, view: SiteView, plain: Directions, solver: Callable[..., list[Directions]]) -> Directions:
+        newborns = Newborns(self.model, self.sites, view.site, view.site.step)
+        return signed_pairs(view, plain, self.signed[view.site.name] * newborns.mean_norm("producer"), solver=solver)
+
+    def _sizes(self, view: SiteView) -> Tensor:
+        """(n, 1): the size of a new unit's incoming weights at each of their entries, channel by channel."""
+        newborns = Newborns(self.model, self.sites, view.site, view.site.step)
+        norms = newborns.incoming_part_norms(self.signed[view.site.name], "mean")
+        return newborns.side("producer").spread(norms[:, None])
 
     def _normed_together(self, site: Site) -> bool:
         """Whether a batch norm on the site takes its statistics over all ranks."""

@@ -178,7 +178,7 @@ def _as_map(matrix: LinearMap | Tensor, label: str) -> LinearMap:
 
 
 def _ranks(k: int | Sequence[int], count: int) -> list[int]:
-    ranks = [k] * count if isinstance(k, int) else list(k)
+    ranks = list(k) if isinstance(k, Sequence) else [k] * count
     if len(ranks) != count:
         raise GrowthError(f"{count} matrices but {len(ranks)} ranks; give one k, or one per matrix")
     for rank in ranks:

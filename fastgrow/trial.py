@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
+from .arguments import instance
 from .edits import attribute_edits
 from .layout import size
 from .nn import attention_traced
@@ -41,7 +42,7 @@ def find_sites(
     include, exclude: name patterns (``fnmatch``) of the sites wanted, or of any of their producers.
     raises: GrowthError where the model cannot be exported, or where a pattern matches nothing.
     """
-    exported, inputs = model, example_inputs
+    exported, inputs = instance("find_sites", "model", model, nn.Module), example_inputs
     if wrapped_modules(model):  # no export follows sharded parameters; shapes are all that it needs
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         exported, inputs = fake_copy(model, mode), _fake(mode, example_inputs)

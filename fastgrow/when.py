@@ -108,6 +108,8 @@ class Milestones(_Foreseen):
     def __init__(self, steps: Iterable[int]) -> None:
         super().__init__()
         name = f"when.{type(self).__name__}"
+        if not isinstance(steps, Iterable):
+            raise GrowthError(f"{name}: steps={steps!r} was given; wanted a list of steps")
         self.steps = tuple(whole(name, "steps", step) for step in steps)
         if any(later <= earlier for earlier, later in zip(self.steps, self.steps[1:], strict=False)):
             raise GrowthError(f"{name}: steps={list(self.steps)} was given; wanted rising steps")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -206,6 +208,10 @@ CALLS: dict[str, tuple[str, Callable[..., object]]] = {
     "a scale": ("loss_scale='x'", lambda **c: grower(c, loss_scale="x")),
     "a rank": ("rank=2.5", lambda **c: fg.observe(c["model"], c["sites"], rank=2.5)),
     "a negative count": ("k=-1", lambda **c: seen(**c).directions(-1)),
+    "one chain for a list": ("a list of chains", lambda **c: fg.name_sites(c["model"], torch.ones(1, 8), ["0", "2"])),
+    "no model": ("model=None", lambda **c: fg.find_sites(None, torch.ones(1, 8))),
+    "a position to leave out": ("exclude=0", lambda **c: fg.find_sites(c["model"], torch.ones(1, 8), exclude=[0])),
+    "one milestone": ("when.Milestones: steps=5", lambda **c: fg.when.Milestones(5)),
     "a grower for its history": ("grower.history", lambda **c: fg.report(grower(c))),
 }
 
@@ -441,3 +447,170 @@ def test_an_rms_norms_new_eps_is_that_of_the_next_growth(norm: Callable[[], nn.M
     for _ in range(3):
         predicted, found = gains(model, "inner", 1, x, sites)
         assert predicted == pytest.approx(found, rel=1e-8)
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["bare", "batch_norm"])
+@pytest.mark.parametrize("bend", [F.relu, F.relu6, nn.Hardtanh(0.0, 1.0)], ids=["relu", "relu6", "hardtanh"])
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_signed_pairs_are_solved_where_they_start(norm: bool, bend: Callable[[Tensor], Tensor], scale: float) -> None:
+    torch.manual_seed(0)
+    model, x = Bent(bend, norm).double(), scale * torch.randn(9, 6).double()
+    predicted, found = gains(model, "a", 4, x, fg.find_sites(model, x))
+    assert predicted == pytest.approx(found, rel=1e-6)
+
+
+def test_the_padding_row_of_an_embedding_is_not_counted() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4, padding_idx=0), nn.Linear(4, 3)).double()
+    x = torch.randint(0, 7, (6, 5))
+    assert (x == 0).any()
+    target = torch.randn(6, 5, 3).double()
+
+    def closure() -> Tensor:
+        return F.mse_loss(model(x), target)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    report = fg.grow(model, {"0": 2}, sites=fg.find_sites(model, x), optimizer=optimizer, closure=closure)
+    closure().backward()
+    assert report.predicted_gain == pytest.approx(model[0].weight.grad[:, 4:].square().sum().item(), rel=1e-10)
+
+
+def test_a_plan_counts_the_memory_of_buffers_and_of_each_dtype() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Tanh())
+    model.append(nn.Conv2d(6, 2, 1))
+    sites = fg.find_sites(model, torch.randn(2, 3, 8, 8))
+    model[5].bfloat16()
+
+    def held() -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+
+    plan = fg.plan(model, {"0": 4, "3": 2}, sites=sites)
+    assert plan.memory[0] == held()
+    fg.grow(model, {"0": 4, "3": 2}, fg.how.Random(), sites=sites)
+    assert plan.memory[1] == held()
+
+
+SMALL_OP = fg.ops.ConvGeometry(3, padding=1)
+OPS: dict[str, tuple[str, Callable[[Tensor], object]]] = {
+    "a list": ("x is a list", lambda x: fg.ops.sum_of_squares([1.0])),  # type: ignore[arg-type]
+    "no tensors": ("wanted a list", lambda x: fg.ops.sums_of_squares(None)),  # type: ignore[arg-type]
+    "None": ("grad is a NoneType", lambda x: fg.ops.activation_backward(None, x, "relu")),  # type: ignore[arg-type]
+    "half a direction": ("k = 1.5", lambda x: fg.ops.top_directions([x], 1.5)),  # type: ignore[arg-type]
+    "out is a list": ("out is a list", lambda x: fg.ops.linear_growth_matrix(x, x, out=[x])),  # type: ignore[arg-type]
+    "out is an input": ("out shares memory with grad_output", lambda x: fg.ops.linear_growth_matrix(x, x, out=x)),
+    "out is a view of one": (
+        "out shares memory with input",
+        lambda x: fg.ops.linear_growth_matrix(x.clone(), x, out=x.view(-1).as_strided((6, 6), (1, 6))),
+    ),
+    "out is expanded": ("out is expanded", lambda x: fg.ops.linear_growth_matrix(x, x, out=x[:1].clone().expand(6, 6))),
+    "out of a convolution": (
+        "out shares memory",
+        lambda x: fg.ops.conv2d_growth_matrix(
+            *[x.view(1, 1, 6, 6)] * 2, SMALL_OP, SMALL_OP, out=x.as_strided((9, 9), (1, 1))
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", OPS)
+def test_wrong_ops_say_what_was_wanted(wrong: str) -> None:
+    message, act = OPS[wrong]
+    x = torch.randn(6, 6)
+    before = x.clone()
+    with pytest.raises(fg.GrowthError, match=message):
+        act(x)
+    assert torch.equal(x, before)
+
+
+def test_out_may_lie_beside_an_input() -> None:
+    whole = torch.randn(12, 6)
+    x, out = whole[:6], whole[6:]
+    expected = out + x.T @ x
+    torch.testing.assert_close(fg.ops.linear_growth_matrix(x, x, out=out), expected)
+
+
+@pytest.mark.parametrize("block", [True, False], ids=["forward alone", "no block"])
+def test_a_growth_that_nobody_measures_is_told_once(block: bool) -> None:
+    model, x, y = small()
+    grower = fg.Grower(model, None, sites=fg.find_sites(model, x), when=fg.when.Every(2))
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            with grower.observe() if block else contextlib.nullcontext():
+                loss = F.mse_loss(model(x), y)
+            loss.backward()
+            grower.step()
+
+    with pytest.warns(UserWarning, match="no backward pass was seen"):
+        steps(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steps(4)
+        with grower.observe():
+            F.mse_loss(model(x), y).backward()
+        assert grower.step() is not None
+
+
+def test_nothing_is_armed_for_ever_once_no_site_may_grow() -> None:
+    model, x, y = small()
+    grower = fg.Grower(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        sites=fg.find_sites(model, x),
+        when=fg.when.Every(2),
+        where=fg.where.Everywhere(target=18),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        looped(grower, x, y, 8)
+    assert [report.step for report in grower.history] == [2]
+    assert not grower.armed
+
+
+def test_names_that_fit_no_site_are_told_at_once() -> None:
+    model, x, _ = small()
+    for where in (fg.where.Everywhere(target={"zz": 20}), fg.where.NAGN(max_width={"zz": 20})):
+        with pytest.raises(fg.GrowthError, match="names 'zz', which fits no site"):
+            fg.Grower(model, None, sites=fg.find_sites(model, x), when=fg.when.Every(2), where=where)
+
+
+def test_a_grower_is_copied_with_its_model() -> None:
+    model, x, y = small()
+    grower = fg.Grower(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        example_inputs=x,
+        when=fg.when.Every(2),
+        where=fg.where.Everywhere(units=2),
+    )
+    twin = copy.deepcopy(grower)
+    looped(twin, x, y, 2)
+    assert twin.model[0].out_features == 18  # type: ignore[index]
+    assert model[0].out_features == 16
+    looped(grower, x, y, 2)
+    assert torch.equal(model[0].weight, twin.model[0].weight)  # type: ignore[index]
+
+
+class TiedHead(nn.Module):
+    """An embedding whose weight is the output layer's too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.inner = nn.Linear(8, 12)
+        self.outer = nn.Linear(12, 8)
+        self.head = nn.Linear(8, 11)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embedding(x)
+        return self.head(h + self.outer(torch.tanh(self.inner(h))))
+
+
+@pytest.mark.parametrize("how", [fg.how.Net2Net(), fg.how.GradMax()], ids=["Net2Net", "GradMax"])
+def test_tied_sites_are_refused_before_training(how: fg.how.How) -> None:
+    model, x = TiedHead(), torch.randint(0, 11, (6, 5))
+    with pytest.raises(fg.GrowthError, match=r"is tied.*exclude=\['embedding'\]"):
+        fg.Grower(model, None, example_inputs=x, when=fg.when.Every(2), how=how)
+    rest = fg.find_sites(model, x, exclude="embedding")
+    fg.Grower(model, None, sites=rest, when=fg.when.Every(2), how=how)

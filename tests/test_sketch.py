@@ -350,7 +350,7 @@ def test_what_cannot_be_sketched_is_refused_by_name() -> None:
     image = image_batch(dtype=torch.float32)[0]
     sites = fg.find_sites(plain, image)
     with pytest.raises(fg.GrowthError, match="signed pairs"):
-        fg.observe(plain, sites, growth="sketch", signed=["conv1"])
+        fg.observe(plain, sites, growth="sketch", signed={"conv1": 1e-4})
     for how in (fg.how.TINY(), fg.how.GradMax(relu="pairs")):
         with pytest.raises(fg.GrowthError, match="TINY reads|signed pairs"):
             fg.Grower(

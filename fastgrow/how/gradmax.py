@@ -16,7 +16,7 @@ from .base import How
 
 __all__ = ["GradMax"]
 
-DEAD_AT_ZERO = frozenset(("relu", "hardtanh"))
+DEAD_AT_ZERO = frozenset(("relu", "relu6", "hardtanh"))
 
 
 class GradMax(How):

@@ -81,6 +81,7 @@ class Splitting(How):
         return {
             "relu": lambda x, *rest, **options: bend(x),
             "leaky_relu": lambda x, slope=0.01, *rest, **options: slope * x + (1 - slope) * bend(x),
+            "relu6": lambda x, *rest, **options: bend(x) - bend(x - 6),
             "hardtanh": lambda x, low, high, *rest, **options: low + bend(x - low) - bend(x - high),
         }
 

@@ -25,6 +25,8 @@ def live_at_zero(kind: str, node: Node) -> Callable[..., Tensor] | None:
         return lambda x, *rest, **kw: _slope_one(x)
     if kind == "hardtanh" and bind(node)["min_val"] == 0:
         return lambda x, low, high, *rest, **kw: _slope_one(x).clamp(max=high)
+    if kind == "relu6":
+        return lambda x, *rest, **kw: _slope_one(x).clamp(max=6.0)
     if kind in ("leaky_relu", "prelu") and activation_module(node) is None:
         return None  # not replaced, and alive as it is
     if kind == "leaky_relu":
@@ -34,7 +36,7 @@ def live_at_zero(kind: str, node: Node) -> Callable[..., Tensor] | None:
     return None
 
 
-_ELEMENTWISE = frozenset("relu gelu hardtanh hardswish mish threshold".split())
+_ELEMENTWISE = frozenset("relu relu6 gelu hardtanh hardswish mish threshold".split())
 """Ops of one element that torch does not tag as pointwise."""
 
 

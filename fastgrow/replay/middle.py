@@ -360,6 +360,9 @@ class Replay:
         axis = self.site.axis
         weight = rows[call.name]
         if call.kind == "embedding":
+            padding = int(bind(node).get("padding_idx", -1))
+            if padding >= 0:  # its row is never trained
+                weight = weight.index_fill(1, torch.tensor([padding], device=weight.device), 0.0)
             return F.embedding(value_of(node.args[1]), weight.T)  # type: ignore[arg-type]
         x = self._producer_input(call, number)
         bias = rows.get(f"{call.name}.bias")

@@ -28,6 +28,7 @@ __all__ = ["discover"]
 ACTIVATIONS = frozenset(
     [
         "relu",
+        "relu6",
         "hardtanh",
         "leaky_relu",
         "prelu",
@@ -105,6 +106,8 @@ def _chosen(
     def matching(patterns: str | Iterable[str], word: str) -> set[str]:
         names: set[str] = set()
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            if not isinstance(pattern, str):
+                raise GrowthError(f"{word}={pattern!r} was given; wanted names of sites, or patterns of them")
             hits = {s.name for s in found if fnmatch.filter((s.name, *s.producers), pattern)}
             if not hits:
                 known = ", ".join(site.name for site in found) or "none"

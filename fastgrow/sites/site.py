@@ -203,6 +203,9 @@ class Sites(Sequence[Site]):
         known = ", ".join(site.name for site in self.items) or "none"
         raise GrowthError(f"no site is named {key!r}; the sites found are: {known}")
 
+    def __deepcopy__(self, memo: object) -> Sites:
+        return self  # nothing of it ever changes, and it serves copies of the model as well
+
     def __contains__(self, key: object) -> bool:
         return any(site is key or site.name == key for site in self.items)
 
