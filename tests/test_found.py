@@ -611,6 +611,6 @@ class TiedHead(nn.Module):
 def test_tied_sites_are_refused_before_training(how: fg.how.How) -> None:
     model, x = TiedHead(), torch.randint(0, 11, (6, 5))
     with pytest.raises(fg.GrowthError, match=r"is tied.*exclude=\['embedding'\]"):
-        fg.Grower(model, None, example_inputs=x, when=fg.when.Every(2), how=how)
+        fg.Grower(model, None, sites=fg.find_sites(model, x), when=fg.when.Every(2), how=how)
     rest = fg.find_sites(model, x, exclude="embedding")
     fg.Grower(model, None, sites=rest, when=fg.when.Every(2), how=how)
