@@ -155,7 +155,8 @@ REASONS = {
         " a stride or a 1 x 1 side leaves little to save, and the frame of a small map is most of it."
     ),
     "NAGN": (
-        "A read of every output gradient is 1 to 2 % of a step in bytes; the interval of a noisy machine is wider."
+        "A read of every output gradient is 1 to 2 % of a step in bytes; where a net has many small maps the calls"
+        " count: ResNet-50 on 64 x 64 spends 11 ms of a step of 265 in its hooks. `Grower(every=n)` makes that 1/n."
     ),
     "rate-adapted step": (
         "The compiled loop moves the bytes that torch's fused step moves; norms add a read from the first cache, and"
