@@ -14,16 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import as_list, choice, copies_of, instance, whole
-from .costs import pricing, unit_costs
 from .distributed import replicas_of
 from .errors import GrowthError
+from .evidence import evidence_of
 from .gain import GainMeter
 from .grow import grow_observed, observe_closure, observing
 from .growth_map import check_mapped, check_untied
 from .growth_report import GrowthReport, SiteGrowth
 from .how import GradMax, How
 from .insert import insert_layer
-from .names import find_module
 from .natural import natural_directions
 from .observation import Observation
 from .observe import observe as Observer
@@ -35,7 +34,7 @@ from .reserve import reserve as make_room
 from .room import has_room
 from .sharded import whole as whole_tensor
 from .sites import Site, Sites, tensors_of, unwrap
-from .stages import axes_of, live, live_part, newest_stage
+from .stages import newest_stage
 from .trial import find_sites
 from .when import When
 from .where import NORTH, Everywhere, Evidence, Where
@@ -427,39 +426,7 @@ class Grower:
         return self._agreed(self._ranks.ranks(self.where.epsilon, replicas_of(self.model)))
 
     def _evidence(self, seen: Observation | None) -> Evidence:
-        price = pricing(self.model, self.sites)
-        unit_parameters, unit_flops = unit_costs(self.model, self.sites, price)
-        parameters, flops = price({})
-        return Evidence(
-            sites=self._offered(),
-            widths=self.sites.widths(self.model),
-            nagn=seen.nagn if seen is not None else {},
-            nagn_after_norm=seen.nagn_after_norm if seen is not None else {},
-            # Each site was observed to the rank that it can grow by, which differs from site to site.
-            directions=(lambda k: seen.all_directions()) if seen is not None and seen.has_directions else None,
-            natural=seen.natural if seen is not None and seen.solved("natural") else None,
-            unit_parameters=unit_parameters,
-            unit_flops=unit_flops,
-            parameters=parameters,
-            flops=flops,
-            norm_factor=self._norm_factors(),
-            ranks=self._ranks_found(),
-            price=price,
-        )
-
-    def _norm_factors(self) -> dict[str, float]:
-        """sqrt(eps / (running variance + eps)) of the batch norm behind each site, its channels' mean."""
-        factors = {}
-        for site in self.sites:
-            for norm in site.norms:
-                module = find_module(unwrap(self.model), norm.module)
-                variance = getattr(module, "running_var", None)
-                if norm.kind == "batch_norm" and module is not None and module.training and variance is not None:
-                    variance = live_part(variance, live(axes_of(module).get("running_var", {})))
-                    eps = float(module.eps)  # type: ignore[arg-type]
-                    factors[site.name] = float((eps / (variance + eps)).sqrt().mean())
-                    break
-        return factors
+        return evidence_of(self.model, self._offered(), seen, self._ranks_found())
 
     # -- depth ----------------------------------------------------------------------------------------
 
