@@ -44,6 +44,7 @@ __all__ = [
     "inputs_of",
     "observe_closure",
     "observing",
+    "wanted_units",
 ]
 
 
@@ -85,14 +86,14 @@ def grow(
         sites = find_sites(model, inputs_of(model, closure))
     instance("grow", "sites", sites, Sites)
     optimizers, copies = as_list(optimizer), copies_of(also)
-    wanted = _wanted(model, sites, units, how)
+    wanted = wanted_units(model, sites, units, how)
     meter = GainMeter(model, sites, optimizers, closure) if measure_gain else None
     started = time.perf_counter()
     if how.needs_directions and seen is None:
         if closure is None:
             raise GrowthError(f"{how.name} reads gradients: give closure=, a function that returns the loss")
         seen = observe_closure(model, observe(model, sites, nagn=False, **observing(sites, wanted, how)), closure)
-    report = _grown(model, sites, wanted, how, seen, optimizers, copies, closure)
+    report = grow_observed(model, sites, wanted, how, seen, optimizers, copies, closure)
     report.seconds = time.perf_counter() - started
     if meter is not None:
         meter.fill(report)
@@ -102,7 +103,7 @@ def grow(
 def grow_observed(
     model: nn.Module,
     sites: Sites,
-    units: Mapping[str, int],
+    wanted: Mapping[str, int],
     how: How,
     seen: Observation | None,
     optimizers: list[Any],
@@ -112,23 +113,9 @@ def grow_observed(
 ) -> GrowthReport:
     """Grow from an observation that was made already (what `grow` and the Grower share).
 
-    round_to: tensors that become larger do so to a multiple of it along the sites grown; what is left over is room.
+    wanted: from `wanted_units`. round_to: tensors that become larger do so to a multiple of it along the sites grown;
+    what is left over is room.
     """
-    wanted = _wanted(model, sites, units, how)
-    return _grown(model, sites, wanted, how, seen, optimizers, also, closure, round_to)
-
-
-def _grown(
-    model: nn.Module,
-    sites: Sites,
-    wanted: Mapping[str, int],
-    how: How,
-    seen: Observation | None,
-    optimizers: list[Any],
-    also: list[nn.Module],
-    closure: Callable[[], Tensor] | None,
-    round_to: int = 1,
-) -> GrowthReport:
     started = time.perf_counter()
     if how.rewrites:  # in forward order, so that each site sees the fan-in it will have
         wanted = {site.name: wanted[site.name] for site in sites if site.name in wanted}
@@ -290,7 +277,7 @@ def _rehearsed(
     return starts, build(units, starts)
 
 
-def _wanted(model: nn.Module, sites: Sites, units: Mapping[str, int], how: How) -> dict[str, int]:
+def wanted_units(model: nn.Module, sites: Sites, units: Mapping[str, int], how: How) -> dict[str, int]:
     """Units of each site, checked; the first rank's under DistributedDataParallel or FSDP2."""
     checked_units(units)
     check_not_captured(model)

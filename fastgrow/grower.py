@@ -18,7 +18,7 @@ from .distributed import replicas_of
 from .errors import GrowthError
 from .evidence import evidence_of
 from .gain import GainMeter
-from .grow import grow_observed, observe_closure, observing
+from .grow import grow_observed, observe_closure, observing, wanted_units
 from .growth_map import check_mapped, check_untied
 from .growth_report import GrowthReport, SiteGrowth
 from .how import GradMax, How
@@ -383,7 +383,7 @@ class Grower:
             report = grow_observed(
                 self.model,
                 self.sites,
-                units,
+                wanted_units(self.model, self.sites, units, self.how),
                 self.how,
                 self._seen,
                 self.optimizers,
