@@ -69,7 +69,7 @@ def _covariance(view: SiteView) -> Tensor:
     n = view.growth.shape[1]
     total = torch.zeros(n, n, dtype=torch.float64, device=view.growth.device)
     for capture in view.captures:
-        replay = Replay(view.model, view.sites, view.site, capture)
+        replay = view.replay(capture)
         mapping = ReplayMap(replay, 1.0, bias=view.bias)
         eye = torch.eye(n, dtype=mapping.dtype, device=mapping.device)
         for start in range(0, n, _BLOCK):
@@ -117,7 +117,7 @@ class _Whitened(LinearMap):
 def _projected(view: SiteView) -> list[Capture]:
     """The captures with the part of each consumer's gradient left out that its present weights can follow."""
     site, sizes = view.site, view.sites.sizes(view.model, room=True)
-    replays = [Replay(view.model, view.sites, site, capture, present=True) for capture in view.captures]
+    replays = [view.replay(capture, present=True) for capture in view.captures]
     grams: dict[str, Tensor] = {}
     crosses: dict[str, Tensor] = {}
     patches: list[dict[Node, Tensor]] = []

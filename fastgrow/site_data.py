@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -36,9 +37,9 @@ class SiteData:
         """Each capture with its weight."""
         return zip(self.captures, self.weights, strict=True)
 
-    def replay(self, capture: Capture, *, live: bool = False) -> Replay:
-        """The middle of the site on new units; live: of units that start away from zero."""
-        return Replay(self.model, self.sites, self.site, capture, live=live)
+    def replay(self, capture: Capture, **options: Any) -> Replay:
+        """The middle of the site on new units, for one batch; options: those of `Replay`."""
+        return Replay(self.model, self.sites, self.site, capture, **options)
 
     def maps(self, base: Tensor | None = None, *, live: bool = False) -> list[ReplayMap]:
         """M by replay, batch by batch, around these incoming weights."""

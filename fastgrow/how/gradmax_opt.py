@@ -13,7 +13,7 @@ from ..errors import GrowthError
 from ..layout import unit_positions
 from ..members import Side
 from ..newborns import Newborns, Start
-from ..replay import Replay, ReplayMap, consumer_gradient
+from ..replay import ReplayMap, consumer_gradient
 from ..site_view import SiteView, for_parts
 from ..sites import Site, tensors_of
 from ..solve import Directions
@@ -198,7 +198,7 @@ def _outgoing_gradients(view: SiteView) -> tuple[Callable[[Tensor], Tensor], Ten
     Gradients are in units of the largest entry of dL/dz, so that squares neither vanish nor overflow.
     """
     site = view.site
-    replays = [Replay(view.model, view.sites, site, capture, live=True) for capture in view.captures]
+    replays = [view.replay(capture, live=True) for capture in view.captures]
     maps = [ReplayMap(replay, 1.0) for replay in replays]
     largest = torch.stack([g.abs().amax() for c in view.captures for g in c.gradients.values()]).amax().double()
     scale = float(largest) or 1.0

@@ -15,7 +15,7 @@ from ..errors import GrowthError
 from ..layout import unit_positions
 from ..natural import own_part, present_rows
 from ..newborns import Newborns, Start
-from ..replay import Capture, Replay, consumer_pullback
+from ..replay import Capture, consumer_pullback
 from ..site_view import SiteView
 from ..sites import Site, tensors_of
 from ..solve import Directions
@@ -87,9 +87,7 @@ class Splitting(How):
 
     def solve(self, view: SiteView) -> Directions:
         sizes = view.sites.sizes(view.model)
-        products = [
-            self._product(view, capture, weight) for capture, weight in zip(view.captures, view.weights, strict=True)
-        ]
+        products = [self._product(view, *batch) for batch in view.batches()]
 
         def product(vectors: Tensor) -> Tensor:
             return torch.stack([one(vectors) for one in products]).sum(0)
@@ -103,7 +101,7 @@ class Splitting(How):
     def _product(self, view: SiteView, capture: Capture, weight: float) -> Callable[[Tensor], Tensor]:
         """(n, units) -> (n, units): every unit's splitting matrix times its vector, of one batch."""
         site = view.site
-        replay = Replay(view.model, view.sites, site, capture, present=True, surrogates=self._surrogates())
+        replay = view.replay(capture, present=True, surrogates=self._surrogates())
         width = replay.sizes[site.axis]
         rows = present_rows(replay)
         values = replay.forward(rows, width)
