@@ -40,6 +40,11 @@ class NaturalDirections(Directions):
 
     slopes: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0))
 
+    @property
+    def rank(self) -> int:
+        """Directions with a gradient that is more than rounding."""
+        return int((self.values > _CUTOFF[self.values.dtype] * self.values[:1]).sum())
+
 
 def natural_directions(view: SiteView, project: bool = True) -> NaturalDirections:
     """The leading directions of TINY's matrix N^T S^(-1/2) of one site.

@@ -187,6 +187,23 @@ def test_functional_relu_grows_in_signed_pairs(norm: bool) -> None:
     assert (gradients > 1e-3 * gradients.max()).all()
 
 
+@pytest.mark.parametrize("relu", ["pairs", "epsilon"])
+def test_more_signed_units_than_the_rank_are_random_of_the_same_norm(relu: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5)).double()
+    x, y = torch.randn(16, 3, dtype=torch.float64), torch.randn(16, 5, dtype=torch.float64)
+    before = model(x).detach()
+    units, known = (10, 6) if relu == "pairs" else (5, 3)
+    report = fg.grow(model, {"0": units}, fg.how.GradMax(relu=relu), closure=lambda: (model(x) - y).square().mean())
+    assert report.sites[0].random_units == units - known
+    incoming, outgoing = model[0].weight[4:].norm(dim=1), model[2].weight[:, 4:].norm(dim=0)
+    torch.testing.assert_close(incoming, incoming[:1].expand(units))
+    torch.testing.assert_close(outgoing, outgoing[:1].expand(units))
+    columns = model[2].weight[:, 4 :: 2 if relu == "pairs" else 1] / outgoing[0]
+    torch.testing.assert_close(columns[:, 3:].T @ columns, torch.eye(5, dtype=torch.float64)[3:])
+    assert (model(x) - before).abs().max() < (1e-12 if relu == "pairs" else 1e-2)
+
+
 def test_epsilon_start_is_alive_and_nearly_keeps_the_output() -> None:
     torch.manual_seed(1)
     model = Functional().double()

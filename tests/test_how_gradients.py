@@ -134,9 +134,9 @@ def _natural(model: nn.Sequential, x: Tensor, y: Tensor, project: bool) -> Tenso
     output = model(x)
     (dz,) = torch.autograd.grad((output - y).square().sum(1).mean(), output)
     if project:
-        hidden = torch.cat([model[1](model[0](x)), torch.ones(64, 1).double()], 1).detach()
+        hidden = torch.cat([model[1](model[0](x)), torch.ones(len(x), 1).double()], 1).detach()
         dz = dz - hidden @ torch.linalg.lstsq(hidden, dz).solution
-    values, vectors = torch.linalg.eigh(x.T @ x / 64)
+    values, vectors = torch.linalg.eigh(x.T @ x / len(x))
     return dz.T @ x @ (vectors * values.rsqrt()) @ vectors.T
 
 
@@ -163,12 +163,36 @@ def test_tiny_with_an_amplitude_steps_along_the_functional_gradient() -> None:
     assert (before - _loss(model, x, y).item()) / amplitude == pytest.approx(gain, rel=1e-2)
 
 
-def test_tiny_says_what_the_present_weights_leave() -> None:
+@pytest.mark.parametrize("amplitude", [0.0, 1e-2])
+def test_tiny_starts_at_random_what_the_present_weights_leave_no_gradient_for(amplitude: float) -> None:
     model, x, y = _mlp()
-    few, target = x[:5], y[:5]  # six present weights for five samples: nothing is left
-    with pytest.raises(fg.GrowthError, match="project=False"):
-        _grow(model, few, target, fg.how.TINY(), 2)
-    assert model[0].out_features == 5
+    few, target = x[:8], y[:8]
+    read = torch.cat([model[1](model[0](few)), torch.ones(8, 1)], 1)
+    rank = 8 - int(torch.linalg.matrix_rank(read))  # of what is left of eight samples' gradients
+    assert 2 <= rank <= 4
+    before = model(x).detach()
+    report = _grow(model, few, target, fg.how.TINY(amplitude=amplitude), rank + 2)
+    assert report.sites[0].random_units == 2
+    incoming, outgoing = model[0].weight[5:], model[2].weight[:, 5:]
+    if amplitude:
+        present = model[0].weight[:5].norm(dim=1).mean()
+        torch.testing.assert_close(incoming[rank:].norm(dim=1), present.expand(2))
+        assert not outgoing[:, rank:].count_nonzero()
+        assert outgoing[:, :rank].norm(dim=0).min() > 0
+    else:
+        size = outgoing[:, 0].norm() ** 2
+        torch.testing.assert_close(outgoing.T @ outgoing, size * torch.eye(rank + 2, dtype=torch.float64))
+        torch.testing.assert_close(model(x), before, rtol=0, atol=1e-14)
+        assert _new_gradient(model, few, target) > 0
+
+
+def test_tiny_starts_all_at_random_where_nothing_is_left() -> None:
+    model, x, y = _mlp()
+    few, target = x[:5], y[:5]  # six present weights for five samples
+    report = _grow(model, few, target, fg.how.TINY(), 2)
+    assert report.sites[0].random_units == 2
+    assert report.sites[0].predicted_gain == 0
+    assert _new_gradient(model, few, target) > 0
 
 
 def test_where_reads_the_natural_directions() -> None:

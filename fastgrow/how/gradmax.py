@@ -13,6 +13,7 @@ from ..newborns import Newborns, Start
 from ..sites import Site
 from ..solve import Directions
 from .base import How
+from .completion import completed
 
 __all__ = ["GradMax"]
 
@@ -116,7 +117,7 @@ class GradMax(How):
         norms = self._norms(newborns, values, steps)
         attained = float((values.square() * norms[..., : left.shape[1]].square()).sum())
         if random:
-            left = _completed(newborns, left, random)
+            left = completed(newborns, left, random, "consumer")
         outgoing = newborns.split(left * _entries(newborns, norms), "consumer")
         gates = getattr(found, "incoming", None)
         incoming = {} if gates is None else newborns.split(gates[:, :steps], "producer")
@@ -142,11 +143,7 @@ class GradMax(How):
         steps = newborns.steps
         pairs = self.relu != "epsilon"
         count = steps // 2 if pairs else steps
-        if len(found.values) < count:
-            raise GrowthError(
-                f"site {newborns.site.name!r}: {steps} units were asked for, but its growth matrix has rank "
-                f"{len(found.values)}; ask for at most {len(found.values) * (2 if pairs else 1)}"
-            )
+        known = min(count, len(found.values))
         values = _values(found)[..., :count]
         norms = self._norms(newborns, values, count)
         small: Tensor | float
@@ -154,8 +151,9 @@ class GradMax(How):
             small = newborns.channels.into.spread(self.epsilon * newborns.part_norms("producer")[:, None])
         else:
             small = self.epsilon * newborns.mean_norm("producer")
-        left, right = found.left[:, :count] * _entries(newborns, norms), found.right[:, :count] * small
-        attained = float((values.square() * norms.square()).sum())
+        left = completed(newborns, found.left[:, :known], count - known, "consumer") * _entries(newborns, norms)
+        right = completed(newborns, found.right[:, :known], count - known, "producer") * small
+        attained = float((values.square() * norms[..., :known].square()).sum())
         if pairs:
             left = torch.stack([left, -left], 2).flatten(1)
             right = right.repeat_interleave(2, 1)
@@ -167,6 +165,7 @@ class GradMax(How):
             values=biases,
             captured=found.captured,
             attained=attained,
+            random=(count - known) * (2 if pairs else 1),
         )
 
 
@@ -179,23 +178,3 @@ def _values(found: Directions) -> Tensor:
 def _entries(newborns: Newborns, norms: Tensor) -> Tensor:
     """Norms of columns, or of their parts, as they multiply units' outgoing vectors."""
     return norms if norms.dim() == 1 else newborns.channels.out.spread(norms)
-
-
-def _completed(newborns: Newborns, left: Tensor, count: int) -> Tensor:
-    """The directions and `count` random ones; orthogonal in each channel where units have separate ones."""
-    if not newborns.site.separate:
-        return torch.cat([left, _orthogonal_complement(left, count)], 1)
-    out = newborns.channels.out
-    return torch.cat([left, out.whole(_orthogonal_complement(out.parts(left), count))], 1)
-
-
-def _orthogonal_complement(basis: Tensor, count: int) -> Tensor:
-    """`count` random unit columns, orthogonal to the basis (..., m, k) and each other as long as there is room."""
-    columns = torch.randn(*basis.shape[:-1], count, dtype=basis.dtype).to(basis.device)
-    room = min(count, basis.shape[-2] - basis.shape[-1])
-    if room:
-        free = columns[..., :room]
-        for _ in range(2):
-            free = free - basis @ (basis.mT @ free)
-        columns = torch.cat([torch.linalg.qr(free).Q, columns[..., room:]], -1)
-    return columns / columns.norm(dim=-2, keepdim=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..arguments import choice, number
 from ..blocks import has_blocks
 from ..errors import GrowthError
@@ -11,6 +13,7 @@ from ..site_view import SiteView
 from ..sites import Site
 from ..solve import Directions
 from .base import How, refuse_mixing
+from .completion import completed
 from .gradmax import DEAD_AT_ZERO
 
 __all__ = ["TINY"]
@@ -28,7 +31,10 @@ class TINY(How):
     amplitude=a > 0: the paper's own start, incoming ``sqrt(a lambda_i) S^(-1/2) v_i``, outgoing
     ``-sqrt(a lambda_i) u_i``: a step of length a along the gradient in function space; the function changes, the
     loss by -a sum lambda_i^2 to first order. (The paper finds a by line search; here it is given.)
-    project: take the present weights' share from the gradient first.
+    project: take the present weights' share from the gradient first. What they leave may have a rank below the units
+    asked for (0, where they could follow all of it: few samples, many weights). Units beyond it start at random:
+    orthogonal outgoing columns of the same norm; with an amplitude random incoming weights of the present ones' mean
+    norm and outgoing zeros, for a step along a gradient of zero is none.
 
     where.FirstOrderGain reads the same lambda_i. Costs one observed backward pass, a replay of every incoming
     weight and an n x n eigendecomposition. Raises `GrowthError` where GradMax does, for gates and heads, and for a
@@ -65,26 +71,24 @@ class TINY(How):
         return natural_directions(view, self.project)
 
     def start(self, newborns: Newborns) -> Start:
-        site, found, steps = newborns.site, newborns.directions, newborns.steps
+        found, steps = newborns.directions, newborns.steps
         assert isinstance(found, NaturalDirections)
-        values = found.values
-        if len(values) < steps or float(values[-1]) == 0.0:
-            rank = int((values > 0).sum())
-            raise GrowthError(
-                f"site {site.name!r}: {steps} units were asked for, but the present weights leave a gradient of rank "
-                f"{rank}; ask for fewer, observe more samples, or use project=False"
-            )
+        known = min(steps, found.rank)
+        random = steps - known
+        left, right = found.left[:, :known], found.right[:, :known]
         if self.amplitude:
-            size = (self.amplitude * values).sqrt()
+            size = (self.amplitude * found.values[:known]).sqrt()
+            free = completed(newborns, right[:, :0], random, "producer") * newborns.mean_norm("producer")
             return Start(
-                newborns.split(found.right * size, "producer"),
-                outgoing=newborns.split(found.left * -size, "consumer"),
+                newborns.split(torch.cat([right * size, free], 1), "producer"),
+                outgoing=newborns.split(torch.cat([left * -size, left.new_zeros(len(left), random)], 1), "consumer"),
                 captured=found.captured,
+                random=random,
             )
         target = newborns.outgoing_norm(self.scale, self.norm)
-        attained = float(found.slopes.square().sum()) * target**2
         return Start(
-            outgoing=newborns.split(found.left * target, "consumer"),
+            outgoing=newborns.split(completed(newborns, left, random, "consumer") * target, "consumer"),
             captured=found.captured,
-            attained=attained,
+            attained=float(found.slopes[:known].square().sum()) * target**2,
+            random=random,
         )
