@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .cores import to_host
 from .operators import DenseMap, LinearMap
 
 __all__ = [
@@ -184,17 +185,22 @@ def _symmetric(rows: Tensor, columns: Tensor) -> Tensor:
     return result
 
 
-def orthonormalised(columns: Tensor) -> tuple[Tensor, Tensor]:
+def orthonormalised(columns: Tensor, gram: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Q, R of columns (m, r) that are nearly orthogonal already, as images of singular vectors are: one small
-    Cholesky factor in place of r reflections, which still make what is not so."""
-    norms = torch.linalg.vector_norm(columns, dim=0)
-    unit = columns / norms
-    factor, info = torch.linalg.cholesky_ex(unit.mT @ unit)
+    Cholesky factor, of the host, in place of r reflections, which still make what is not so.
+
+    gram: ``columns^T columns`` on the host, where it is there; else the device is waited for.
+    """
+    if gram is None:
+        (gram,) = to_host([columns.mT @ columns])
+    gram = gram.double()
+    norms = gram.diagonal().sqrt()
+    factor, info = torch.linalg.cholesky_ex(gram / norms[:, None] / norms)
     if info.item() or not float(factor.diagonal().min()) > _SAFE_PIVOT:
         return torch.linalg.qr(columns)
-    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
-    return unit @ inverse.mT, factor.mT * norms
+    identity = torch.eye(len(factor), dtype=factor.dtype)
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False).mT / norms[:, None]
+    return columns @ inverse.to(columns), (factor.mT * norms).to(columns)
 
 
 def start_block(rows: int, columns: int, like: LinearMap) -> Tensor:

@@ -128,7 +128,7 @@ def solve(
         _iterate(again)
         for run in (*runs, *again):
             if run.certified:
-                run.problem.reduced = run.reduce()
+                run.problem.reduced = run.reduced()
             elif run.given_up:
                 run.problem.reduce("auto")
         return _finish(problems)
@@ -238,7 +238,7 @@ class _Krylov:
         self.spectrum: tuple[Tensor, Tensor] | None = None  # its eigenvalues and vectors, once a look has asked
         self.block = self._matmat(start_block(self.map.shape[1], self.width, self.map))  # (m, r)
         self.total = 0.0  # of the squares of the values found
-        self.vectors = self.left = self.image = torch.empty(0)
+        self.vectors = self.left = self.image = self.image_gram = torch.empty(0)
         square = self.map.unit_square()
         self.device_square = torch.full_like(self.map.exponent, math.inf) if square is None else square
         self.square = math.inf
@@ -295,7 +295,7 @@ class _Krylov:
 
     def take(self, ritz: Tensor) -> None:
         """Take in the new part of T; certify if that suffices."""
-        self._check_finite(ritz)
+        self.check_finite(ritz)
         basis = ritz.shape[0]
         grown = torch.empty(basis, basis, dtype=torch.float64)
         grown[: self.ritz.shape[0], : self.ritz.shape[0]] = self.ritz
@@ -314,7 +314,7 @@ class _Krylov:
 
     def judge(self, gram: Tensor) -> None:
         """Take in the Gram matrix of the residual; certify, give up, or go on."""
-        self._check_finite(gram)
+        self.check_finite(gram)
         if self.rounds == 0:
             return
         # A residual of rounding errors alone: the basis holds the whole range of M.
@@ -325,7 +325,7 @@ class _Krylov:
         if self.active and self.ritz.shape[0] + self.width > self.problem.side:
             self.given_up = True
 
-    def _check_finite(self, product: Tensor) -> None:
+    def check_finite(self, product: Tensor) -> None:
         if not bool(torch.isfinite(product).all()):
             raise GrowthError(f"non-finite values (NaN or inf) in the products of {self.problem.label}")
 
@@ -413,22 +413,23 @@ class _Krylov:
         with self.map.rounded() if self.rounded else nullcontext():
             return self.map.unit_rmatmat(columns)
 
-    def finish(self) -> None:
-        """The left vectors Y and ``M^T Y``, which is made once more where products were rounded."""
+    def finish(self) -> Tensor:
+        """The left vectors Y and ``M^T Y``, made once more where products were rounded; the Gram matrix of that."""
         vectors = self.vectors.to(self.map.device, self.map.dtype)
         self.left = self.basis @ vectors
         self.image = self._scaled(self.map.unit_rmatmat(self.left)) if self.rounded else self.images @ vectors
+        return self.image.mT @ self.image
 
-    def confirm(self, square: Tensor) -> None:
+    def confirm(self) -> None:
         """Take back the certificate if ``||M^T Y||^2`` in float32 is less than rounded products promised."""
-        self._check_finite(square)
+        square = float(self.image_gram.diagonal().double().sum())
         if square < self.total:
-            self.captured *= math.sqrt(float(square) / self.total)
+            self.captured *= math.sqrt(square / self.total)
         self.certified = self.captured >= self.asked
         self.refused = not self.certified
 
-    def reduce(self) -> Reduced:
-        right, core = orthonormalised(self.image)
+    def reduced(self) -> Reduced:
+        right, core = orthonormalised(self.image, self.image_gram)
         return Reduced(self.left, core.mT, right, self.captured, self.shift)
 
 
@@ -449,11 +450,11 @@ def _iterate(runs: list[_Krylov]) -> None:
         grams = [gram for run, gram in zip(active, grams, strict=True) if run.active]
         active = [run for run in active if run.active]
     certified = [run for run in runs if run.certified]
-    for run in certified:
-        run.finish()
-    rounded = [run for run in certified if run.rounded]
-    for run, square in zip(rounded, to_host([run.image.double().square().sum() for run in rounded]), strict=True):
-        run.confirm(square)
+    for run, gram in zip(certified, to_host([run.finish() for run in certified]), strict=True):
+        run.check_finite(gram)
+        run.image_gram = gram
+        if run.rounded:
+            run.confirm()
 
 
 def _finish(problems: list[_Problem]) -> list[Directions]:

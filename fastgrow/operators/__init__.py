@@ -5,7 +5,15 @@ product, but a product ``M X`` with r columns costs no more than two layers with
 here hold the two tensors of a site and multiply; `fastgrow.solve` needs nothing else.
 """
 
-from .base import LARGEST_EXPONENT, LinearMap, products_in, scale_by_power
+from .base import (
+    LARGEST_EXPONENT,
+    LinearMap,
+    exponent_of,
+    power_of_two,
+    products_in,
+    scale_by_power,
+    split_scale,
+)
 from .conv import ConvFlattenLinearPair, ConvPair, Geometry
 from .linear import DenseMap, LinearPair, ScaledMap, SumMap
 from .stacked import StackedPair
@@ -21,6 +29,9 @@ __all__ = [
     "ScaledMap",
     "StackedPair",
     "SumMap",
+    "exponent_of",
+    "power_of_two",
     "products_in",
     "scale_by_power",
+    "split_scale",
 ]

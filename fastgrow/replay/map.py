@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..errors import GrowthError
 from ..layout import restricted_size, unit_positions
-from ..operators import LinearMap
+from ..operators import LinearMap, exponent_of, power_of_two, split_scale
 from ..sites import LayerCall, Slot
 from ..sites.nodes import bind, conv_padding
 from .middle import Replay
@@ -120,18 +120,15 @@ class ReplayMap(LinearMap):
         self.shape = tuple(sum(map(math.prod, shapes.values())) for shapes in (self._out, self._in))  # type: ignore[assignment]
         read = {n: c for n, c in replay.consumers.items() if not replay.unread(*c)} or replay.consumers
         self._consumers = read
-        gradients = [self._seen(call, number) for call, number in read.values()]
         self.dtype = replay.dtype
+        gradients = [self._seen(call, number).to(self.dtype) for call, number in read.values()]
         self.device = gradients[0].device
         # power-of-two scaling: the products stay in float32's range whatever the units of the loss
-        largest = torch.stack([g.abs().max().to(self.dtype) for g in gradients]).max()
-        power = torch.frexp(largest).exponent if bool(torch.isfinite(largest)) else torch.zeros((), dtype=torch.int32)
-        mantissa, extra = math.frexp(scale)
-        self.exponent = (power + extra).to(self.dtype)
-        shrink = torch.ldexp(torch.tensor(mantissa, dtype=self.dtype, device=self.device), -power)
-        self._gradients = {
-            node: gradient.to(self.dtype) * shrink for node, gradient in zip(read, gradients, strict=True)
-        }
+        mantissa, extra = split_scale(scale)
+        largest = torch.stack([exponent_of(gradient) for gradient in gradients]).amax()
+        self.exponent = largest + extra
+        shrink = power_of_two(-largest, self.dtype) * mantissa
+        self._gradients = {node: gradient * shrink for node, gradient in zip(read, gradients, strict=True)}
         taps = {name: math.prod(shape[1:]) for name, shape in self._out.items()}
         self.column_flops = 2.0 * sum(
             gradient.numel() * taps[call.name] for gradient, (call, _) in zip(gradients, read.values(), strict=True)
@@ -149,7 +146,7 @@ class ReplayMap(LinearMap):
         """New units that start at zero must write exactly zero, or the function would change."""
         units = 1 if self._base is None or self._base.dim() == 1 else self._base.shape[1]
         values = self._replay.forward(self._origin(units), units).values()
-        if any(bool(value.count_nonzero()) for value in values):
+        if torch.stack([value.count_nonzero() for value in values]).any():
             kinds = ", ".join(dict.fromkeys(a.kind for a in self._site.activations)) or "the ops between"
             raise GrowthError(
                 f"site {self._site.name!r}: {kinds}: what lies between its layers is not zero at zero, so units with "
