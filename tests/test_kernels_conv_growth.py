@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastgrow.kernels import reference
-from fastgrow.kernels.geometry import Plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_close
 
 from fastgrow import ops
+from fastgrow.kernels import reference
+from fastgrow.kernels.geometry import Plan
 from fastgrow.ops import ConvGeometry
 
 CASES = {

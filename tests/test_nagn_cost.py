@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from fastgrow.kernels.launch import triton_missing
 from nets import Residual
 from tolerances import assert_close, tolerance
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastgrow as fg
 from fastgrow import ops, riding
+from fastgrow.kernels.launch import triton_missing
 
 OBSERVE = sys.modules["fastgrow.observe"]  # the name in the package is the class
 

@@ -6,8 +6,6 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from fastgrow.kernels import conv_growth_aten, reference
-from fastgrow.kernels.geometry import Plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_close
@@ -15,6 +13,8 @@ from torch import Tensor, nn
 
 from fastgrow import ops
 from fastgrow.errors import GrowthError
+from fastgrow.kernels import conv_growth_aten, reference
+from fastgrow.kernels.geometry import Plan
 from fastgrow.ops import ConvGeometry
 
 sizes = st.tuples(st.integers(1, 4), st.integers(1, 4))

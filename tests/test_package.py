@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastgrow.kernels import block_update_cpu
 from torch import nn
 
 from fastgrow.__main__ import main
+from fastgrow.kernels import block_update_cpu
 
 ROOT = Path(__file__).parent.parent
 
