@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import triton
-from triton.runtime.jit import JITFunction
-
 from fastgrow.kernels import activation_backward, block_norms, block_update, conv_growth, sum_of_squares
+from triton.runtime.jit import JITFunction
 
 CUDA = ("80", "90", "100")
 ALL = (*CUDA, "gfx942")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastgrow.kernels import block_update_cpu as loop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optim_reference import Reference, grow, move, stage_map
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 
 import fastgrow.optim as fo
 from fastgrow import GrowthError
-from fastgrow.kernels import block_update_cpu as loop
 
 built = pytest.mark.skipif(loop.missing() is not None, reason=str(loop.missing()))
 

@@ -5,11 +5,11 @@ from typing import get_args
 
 import pytest
 import torch
+from fastgrow.kernels import reference
 from tolerances import assert_close, tolerance
 from torch import Tensor
 
 from fastgrow import ops
-from fastgrow.kernels import reference
 
 ACTIVATIONS = get_args(ops.Activation)
 

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fastgrow.kernels import reference
 from tolerances import assert_close
 from torch import Tensor
 
 from fastgrow import ops
-from fastgrow.kernels import reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastgrow.kernels.launch import triton_missing
 from nets import Residual
 from tolerances import assert_close, tolerance
 from torch import Tensor, nn
@@ -17,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 import fastgrow as fg
 from fastgrow import ops, riding
-from fastgrow.kernels.launch import triton_missing
 
 OBSERVE = sys.modules["fastgrow.observe"]  # the name in the package is the class
 

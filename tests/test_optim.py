@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from fastgrow.kernels import block_update_cpu
 from optim_reference import Reference, grow, move, stage_map
 from tolerances import tolerance
 from torch import Tensor, nn
 
 import fastgrow.optim as fo
 from fastgrow import GrowthError
-from fastgrow.kernels import block_update_cpu
 
 TORCH_CASES = {
     "sgd": ("SGD", dict(lr=0.1)),
