@@ -182,10 +182,14 @@ def test_a_hundred_layers_take_less_than_three_seconds_once_warm() -> None:
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 16, 3))
     x = torch.randn(2, 8, 4, 4)
     fg.find_sites(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(2, 4))
-    started = time.process_time()
-    sites = fg.find_sites(model, x)
-    assert time.process_time() - started < 3.0
-    assert len(sites) == 100
+
+    def seconds() -> float:
+        started = time.process_time()
+        assert len(fg.find_sites(model, x)) == 100
+        return time.process_time() - started
+
+    # a neighbour in the same caches makes a run longer, never shorter
+    assert any(seconds() < 3.0 for _ in range(3))
 
 
 class Undecided2(nn.Module):
