@@ -1,4 +1,4 @@
-"""Without a GPU the Triton kernels run in the interpreter; it must be chosen before Triton is imported."""
+"""What must be chosen before torch and Triton are imported: how threads wait, and, without a GPU, the interpreter."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import os
 from collections.abc import Iterator
 
 import pytest
+
+# Two workers on two cores, and tests of two threads: one that spins takes the core that the other waits for.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 if not torch.cuda.is_available():

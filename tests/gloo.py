@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 WORLD = 2
+
+# Imported once, by a process from which the ranks of every test are forked; a rank of its own would take seconds.
+_IMPORTED = ["fastgrow", "torch.export._trace", "torch.distributed.fsdp", "torch.fx.experimental.symbolic_shapes"]
 
 
 @contextmanager
@@ -39,8 +43,11 @@ def found_by(worker: Callable[[int, str], None]) -> Iterator[list[Any]]:
     """For a fixture to yield from: what worker(rank, folder) saved as rank0.pt and rank1.pt."""
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("torch.distributed has no gloo here")
+    start = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    if start == "forkserver":
+        multiprocessing.set_forkserver_preload(_IMPORTED)
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(worker, (folder,), nprocs=WORLD)
+        torch.multiprocessing.start_processes(worker, (folder,), nprocs=WORLD, start_method=start)
         yield [torch.load(Path(folder) / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 

@@ -180,3 +180,10 @@ def probe(model: nn.Module, sites: Sites, site: Site, loss_of: Callable[[nn.Modu
             with torch.no_grad():
                 weight[(*place, *taps)] = 0.0
     return torch.stack(rows)
+
+
+def small() -> tuple[nn.Sequential, Tensor, Tensor]:
+    """A network of linear layers in float64, a batch and its targets."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+    return model, torch.randn(16, 8).double(), torch.randn(16, 4).double()

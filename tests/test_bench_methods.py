@@ -26,6 +26,14 @@ def plan() -> Plan:
     return Plan(load_digits().head(192, 100), 1, 2, batch=32, growths=2)
 
 
+@pytest.fixture(scope="module", params=list(NETWORKS))
+def bench(plan: Plan, request: pytest.FixtureRequest) -> tuple[Bench, Cell, Cell]:
+    """One network's cells, and its two baselines."""
+    found = Bench(request.param, plan, quick=True)
+    small, big = (found.baseline(name) for name in BASELINES)
+    return found, small, big
+
+
 def test_every_method_and_policy_has_its_place() -> None:
     assert {type(build()).__name__ for build in HOWS.values()} == set(fg.how.__all__) - {"How", "Newborns", "Start"}
     policies = {name for name in fg.where.__all__ if isinstance(getattr(fg.where, name), type)}
@@ -35,14 +43,12 @@ def test_every_method_and_policy_has_its_place() -> None:
 
 
 @pytest.mark.parametrize("where", list(WHERES))
-@pytest.mark.parametrize("network", list(NETWORKS))
-def test_cells_keep_to_the_budget_and_count_the_growth(plan: Plan, network: str, where: str) -> None:
-    bench = Bench(network, plan, quick=True)
-    small, big = (bench.baseline(name) for name in BASELINES)
-    cell = bench.cell("GradMax", where)
+def test_cells_keep_to_the_budget_and_count_the_growth(bench: tuple[Bench, Cell, Cell], where: str) -> None:
+    benched, small, big = bench
+    cell = benched.cell("GradMax", where)
     assert cell.refused is None
     (run,) = cell.runs
-    assert small.mean("parameters") <= run.parameters <= big.mean("parameters") == bench.cap
+    assert small.mean("parameters") <= run.parameters <= big.mean("parameters") == benched.cap
     assert len(run.gains) == 2 or where in ("NAGN", "NORTH")
     assert small.mean("flops") + run.growth_flops <= run.flops
     assert run.growth_flops > 0

@@ -68,8 +68,8 @@ def test_planted_bottlenecks_are_found(data: ImageData, seed: int) -> None:
 
 def test_the_value_does_not_move_with_batch_size_or_reduction(data: ImageData) -> None:
     """In evaluation mode, where samples are apart: the value is one of the samples, not of their batches."""
-    model = _trained(data, seed=0, epochs=1).eval().double()
-    x, y = data.train_images[:300].double(), data.train_labels[:300]
+    model = _trained(data, seed=1, epochs=1).eval().double()
+    x, y = data.train_images[:100].double(), data.train_labels[:100]
     sites = fg.find_sites(model, x[:4])
 
     def nagn(batch: int, reduction: str) -> dict[str, float]:
@@ -78,11 +78,11 @@ def test_the_value_does_not_move_with_batch_size_or_reduction(data: ImageData) -
                 F.cross_entropy(model(images), labels, reduction=reduction).backward()
         return {**seen.nagn, **{f"{name} after": value for name, value in seen.nagn_after_norm.items()}}
 
-    wanted = nagn(300, "mean")
+    wanted = nagn(100, "mean")
     assert min(wanted.values()) > 0
-    for batch in (300, 100, 64, 7):  # the last two leave a smaller batch over
+    for batch in (100, 50, 36, 7):  # the last two leave a smaller batch over
         for reduction in ("mean", "sum"):
-            # The sums of squares are taken in float64: rounding alone, over at most 300 x 16 x 8 x 8 terms.
+            # The sums of squares are taken in float64: rounding alone, over at most 100 x 16 x 28 x 28 terms.
             assert nagn(batch, reduction) == pytest.approx(wanted, rel=1e-9)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import pytest
 import torch
-from nets import Plain, Residual, image_batch
+from nets import Plain, Residual, image_batch, small
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -281,3 +282,50 @@ def test_a_gain_that_arms_has_seen_what_the_policy_reads() -> None:
         F.cross_entropy(model(x), y).backward()
     assert grower.armed
     assert grower.step() is not None
+
+
+class Scaler:
+    """A loss scale as a GradScaler has it, without its device."""
+
+    def get_scale(self) -> float:
+        return 1024.0
+
+
+@pytest.mark.parametrize(
+    ("scale", "factor", "accumulation", "reduction", "batches"),
+    [(Scaler(), 1024.0, 1, "mean", 1), (1.0, 1.0, 4, "mean", 1), (0.25, 0.25, 4, "mean", 1), (1.0, 1.0, 2, "sum", 3)],
+    ids=["scaler", "accumulated", "divided", "sums"],
+)
+def test_gains_do_not_move_with_scale_reduction_and_accumulation(
+    scale: object, factor: float, accumulation: int, reduction: str, batches: int
+) -> None:
+    model, x, y = small()
+    read: list[dict[str, float]] = []
+
+    class Reading(fg.when.Gain):
+        def gain(self, gains: Mapping[str, float]) -> bool:
+            read.append(dict(gains))
+            return False
+
+    def first(accumulation: int, reduction: str, factor: float, **options: object) -> dict[str, float]:
+        options["accumulation"], options["loss_reduction"] = accumulation, reduction
+        grower = fg.Grower(
+            model,
+            None,
+            sites=fg.find_sites(model, x),
+            when=Reading(0.1),
+            where=fg.where.Everywhere(units=2),
+            **options,  # type: ignore[arg-type]
+        )
+        read.clear()
+        while not read:
+            model.zero_grad()
+            for part in range(accumulation):
+                rows = slice(part * 16 // accumulation, (part + 1) * 16 // accumulation)
+                with grower.observe():
+                    (F.mse_loss(model(x[rows]), y[rows], reduction=reduction) * factor).backward()
+            grower.step()
+        return read[0]
+
+    plain = first(1, "mean", 1.0)
+    assert first(accumulation, reduction, factor, loss_scale=scale, batches=batches) == pytest.approx(plain, rel=1e-10)

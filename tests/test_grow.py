@@ -469,3 +469,34 @@ def test_no_warnings() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fg.grow(model, {"conv1": 1}, sites=fg.find_sites(model, x), closure=classification(model, x, y))
+
+
+def test_the_padding_row_of_an_embedding_is_not_counted() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4, padding_idx=0), nn.Linear(4, 3)).double()
+    x = torch.randint(0, 7, (6, 5))
+    assert (x == 0).any()
+    target = torch.randn(6, 5, 3).double()
+
+    def closure() -> Tensor:
+        return F.mse_loss(model(x), target)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    report = fg.grow(model, {"0": 2}, sites=fg.find_sites(model, x), optimizer=optimizer, closure=closure)
+    closure().backward()
+    assert report.predicted_gain == pytest.approx(model[0].weight.grad[:, 4:].square().sum().item(), rel=1e-10)
+
+
+def test_a_plan_counts_the_memory_of_buffers_and_of_each_dtype() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Tanh())
+    model.append(nn.Conv2d(6, 2, 1))
+    sites = fg.find_sites(model, torch.randn(2, 3, 8, 8))
+    model[5].bfloat16()
+
+    def held() -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+
+    plan = fg.plan(model, {"0": 4, "3": 2}, sites=sites)
+    assert plan.memory[0] == held()
+    fg.grow(model, {"0": 4, "3": 2}, fg.how.Random(), sites=sites)
+    assert plan.memory[1] == held()

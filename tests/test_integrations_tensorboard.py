@@ -1,15 +1,12 @@
-"""TensorBoard scalars of a growing run, and finalized models in torch.export and ONNX."""
+"""TensorBoard scalars of a growing run."""
 
 from __future__ import annotations
 
-import io
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 import fastgrow as fg
@@ -19,14 +16,14 @@ X = torch.randn(8, 2, 8, 8, generator=torch.Generator().manual_seed(1))
 Y = torch.randint(0, 3, (8,), generator=torch.Generator().manual_seed(2))
 
 
-def model_of(activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Module:
+def model_of() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1),
         nn.BatchNorm2d(4),
-        activation(),
+        nn.ReLU(),
         nn.Conv2d(4, 4, 3),
-        activation(),
+        nn.ReLU(),
         nn.Flatten(),
         nn.Linear(144, 3),
     )
@@ -106,42 +103,3 @@ def test_a_summary_writer(tmp_path: Path) -> None:
 
 
 # -- finalized models ----------------------------------------------------------------------------------
-
-
-def finalized(activation: Callable[[], nn.Module]) -> tuple[nn.Module, Tensor]:
-    model = model_of(activation)
-    sites = fg.find_sites(model, X)
-    fg.grow(model, {"0": 2, "3": 2}, sites=sites, closure=lambda: F.cross_entropy(model(X), Y))
-    model.eval()
-    with torch.no_grad():
-        expected = model(X)
-    fg.finalize(model)
-    assert not any(type(module).__module__.startswith("fastgrow") for module in model.modules())
-    assert not any("fastgrow" in key for module in model.modules() for key in vars(module))
-    return model, expected
-
-
-@pytest.mark.parametrize("activation", [nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU])
-def test_finalized_models_export(activation: Callable[[], nn.Module]) -> None:
-    model, expected = finalized(activation)
-    stream = io.BytesIO()
-    torch.export.save(torch.export.export(model, (X,), strict=True), stream)
-    stream.seek(0)
-    with torch.no_grad():
-        assert torch.equal(torch.export.load(stream).module()(X), expected)
-
-
-def test_finalized_models_go_to_onnx(tmp_path: Path) -> None:
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package, reason=f"{package} is not installed")
-    import onnxruntime
-    from tolerances import tolerance
-
-    model, expected = finalized(nn.ReLU)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(model, (X,), str(tmp_path / "model.onnx"), dynamo=True, verbose=False)
-    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
-    (output,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
-    error = float((torch.from_numpy(output) - expected).abs().max())
-    assert error <= tolerance(torch.float32, 144) * max(1.0, float(expected.abs().max()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -353,24 +352,6 @@ def test_finalize_names_what_torch_cannot_express() -> None:
     exported = torch.export.export(model, inputs)
     assert "fastgrow" not in str(exported.graph)
     assert_close(exported.module()(*inputs), expected, torch.float32, 256)
-
-
-def test_grown_heads_go_to_onnx(tmp_path: Path) -> None:
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package, reason=f"{package} is not installed")
-    import onnxruntime
-
-    model = Wrapped(batch_first=True)
-    x = model.inputs()[0]
-    sites = fg.find_sites(model, x)
-    fg.grow(model, {heads_of(sites).name: 1}, sites=sites, closure=loss_on(model, x))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        fg.finalize(model).eval()
-        torch.onnx.export(model, (x,), str(tmp_path / "model.onnx"), dynamo=True, verbose=False)
-    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
-    (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    assert_close(torch.from_numpy(output), model(x).detach(), torch.float32, 256)
 
 
 def test_a_batch_of_another_size() -> None:

@@ -205,27 +205,9 @@ def test_an_explicit_backend_is_never_replaced(monkeypatch: pytest.MonkeyPatch) 
         ops.sum_of_squares(torch.randn(3), backend="triton")
 
 
-def test_import_without_triton_and_without_asking_for_a_gpu() -> None:
-    code = """
-import sys
-sys.modules["triton"] = None
-import torch
-torch.cuda._lazy_init = None
-import fastgrow as fg
-from fastgrow import ops
-assert ops.sum_of_squares(torch.ones(3)).item() == 3
-try:
-    ops.sum_of_squares(torch.ones(3), backend="triton")
-except fg.GrowthError as error:
-    assert "not installed" in str(error), error
-else:
-    raise AssertionError
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_kernels_are_not_importable_as_a_second_package() -> None:
-    found = subprocess.run([sys.executable, "-c", "import kernels"], capture_output=True, text=True, cwd=".")
-    assert found.returncode == 0  # transformers looks for a package of this name, and must not trip over ours
-    result = subprocess.run([sys.executable, "-c", "import kernels.launch"], capture_output=True, text=True, cwd=".")
+    # transformers looks for a package of this name, and must not trip over ours
+    code = "import kernels\nprint('found')\nimport kernels.launch"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=".")
+    assert result.stdout.split() == ["found"]
     assert result.returncode != 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +26,13 @@ def example() -> ModuleType:
     sys.modules["teacher_student"] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def early(example: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every case grows at step 40 and at step 80: what is asked of a few growths does not need long trainings."""
+    for name, case in example.CASES.items():
+        monkeypatch.setitem(example.CASES, name, replace(case, first=40, every=40))
 
 
 @pytest.fixture(autouse=True)
@@ -55,10 +63,11 @@ def test_measurements(example: ModuleType, protocol: str, tmp_path: Path) -> Non
             assert all(mine >= theirs * (1 - 1e-5) for mine, theirs in zip(best, other, strict=True))
 
 
+@pytest.mark.usefixtures("early")
 @pytest.mark.parametrize("case", ["small", "large"])
 def test_seeds_trained_at_once_are_those_trained_alone(example: ModuleType, case: str) -> None:
-    """In float64 400 steps carry roundings of 1e-16 no further than 1e-9."""
-    arguments = ["--case", case, "--seeds", "3", "--steps", "405" if case == "small" else "505"]
+    """In float64 100 steps carry roundings of 1e-16 no further than 1e-9."""
+    arguments = ["--case", case, "--seeds", "3", "--steps", "101"]
     methods = ["gradmax", "baseline_small", "baseline_big"]
     torch.set_default_dtype(torch.float64)
     try:
@@ -76,8 +85,9 @@ def test_seeds_trained_at_once_are_those_trained_alone(example: ModuleType, case
         assert [norm for _, norm in mine] == pytest.approx([norm for _, norm in theirs], rel=1e-9)
 
 
+@pytest.mark.usefixtures("early")
 def test_seeds_train_at_once_where_a_stack_grows_as_each_alone(example: ModuleType) -> None:
-    short = ["--case", "small", "--seeds", "2", "--steps", "210", "--methods"]
+    short = ["--case", "small", "--seeds", "2", "--steps", "50", "--methods"]
     found = example.main([*short, "gradmax_opt", "gradmax_inverse", "random", "zero_both", "zero_outgoing", "net2net"])
     assert [method for method, together in found["stacked"].items() if not together] == ["net2net"]
     assert list(found["growth_cost_ms"]) == list(found["growth_ms"]) == list(found["stacked"])
@@ -96,27 +106,30 @@ def test_the_full_schedules_of_the_paper(example: ModuleType) -> None:
     assert small.flops(small.growths, small.start) == pytest.approx(0.8, abs=1e-3)
 
 
+@pytest.mark.usefixtures("early")
 def test_more_methods_run_and_odd_pairs_are_refused(example: ModuleType) -> None:
-    short = ["--case", "small", "--seeds", "1", "--steps", "210", "--methods"]
+    short = ["--case", "small", "--seeds", "1", "--steps", "50", "--methods"]
     found = example.main([*short, "zero_both", "net2net", "tiny", "splitting"])
     assert all(torch.tensor(values).isfinite().all() for values in found["final_loss"].values())
     with pytest.raises(fg.GrowthError, match="pairs"):
         example.main([*short, "variance_transfer"])
 
 
+@pytest.mark.usefixtures("early")
 @pytest.mark.parametrize("case", ["conv", "batchnorm"])
 def test_other_students(example: ModuleType, case: str) -> None:
-    arguments = ["--case", case, "--seeds", "1", "--steps", "210"]
+    arguments = ["--case", case, "--seeds", "1", "--steps", "50"]
     found = example.main([*arguments, "--methods", "gradmax", "gradmax_inverse", "random"])
     norms = found["grad_norm_after_growth"]
     assert norms["gradmax"][0][0] >= norms["random"][0][0] > 0
     assert all(torch.tensor(values).isfinite().all() for values in found["final_loss"].values())
 
 
+@pytest.mark.usefixtures("early")
 @pytest.mark.parametrize("figure", ["2a", "8"])
 def test_figures(example: ModuleType, figure: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    arguments = ["--figure", figure, "--seeds", "1", "--steps", "210", "--out", str(tmp_path)]
+    arguments = ["--figure", figure, "--seeds", "1", "--steps", "50", "--out", str(tmp_path)]
     found = example.main([*arguments, "--methods", "gradmax", "random"])
     assert found["lines"]
     assert (tmp_path / f"figure_{figure}.png").stat().st_size > 0

@@ -125,11 +125,20 @@ def loss_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(logits, torch.arange(len(logits)) % logits.shape[1])
 
 
-@pytest.fixture(params=MODELS)
-def built(request: pytest.FixtureRequest) -> tuple[nn.Module, dict[str, Tensor], fg.Sites]:
+@pytest.fixture(params=MODELS, scope="module")
+def traced(request: pytest.FixtureRequest) -> tuple[nn.Module, dict[str, Tensor], fg.Sites]:
     torch.manual_seed(0)
     model, inputs = MODELS[request.param]()
     return model, inputs, fg.find_sites(model, inputs)
+
+
+@pytest.fixture
+def built(
+    traced: tuple[nn.Module, dict[str, Tensor], fg.Sites],
+) -> tuple[nn.Module, dict[str, Tensor], fg.Sites]:
+    """A copy of its own for each test; the sites serve every copy."""
+    model, inputs, sites = traced
+    return copy.deepcopy(model), inputs, sites
 
 
 def growing(sites: fg.Sites) -> dict[str, int]:
