@@ -11,7 +11,7 @@ __all__ = ["fixed_signs", "svd_of_cores", "to_host"]
 def fixed_signs(left: Tensor) -> Tensor:
     """(..., m, k) -> (..., 1, k): what makes each column's largest entry positive, so that ranks and reruns agree."""
     largest = left.gather(-2, left.abs().argmax(-2, keepdim=True))
-    return (largest < 0).to(left.dtype).mul_(-2).add_(1)
+    return torch.ones_like(largest).copysign_(largest)
 
 
 def to_host(tensors: list[Tensor]) -> list[Tensor]:

@@ -160,10 +160,11 @@ class Grower:
     def _refused(self) -> dict[str, str]:
         """Sites that the policy may ask for and the method cannot grow: told now, not once a growth is due."""
         refused: dict[str, str] = {}
+        widths = self.sites.widths(self.model)
         mapped = (self.how.needs_directions and self.how.reads_growth) or self.where.reads & {"directions", "natural"}
         for name, units in self._wishes().items():
             try:
-                check_units(self.model, self.sites, name, units, self.how)
+                check_units(self.sites, widths, name, units, self.how)
                 check_untied(self.sites[name])
                 if mapped:
                     check_mapped(self.sites[name])

@@ -188,8 +188,6 @@ def live_directions(model: nn.Module, sites: Sites, found: Mapping[str, Directio
     M has zero rows and columns where there is room, and its singular vectors have zeros there, but for singular
     values of zero: those directions are left out.
     """
-    if not has_room(model):
-        return dict(found)
     now, whole = sites.sizes(model), sites.sizes(model, room=True)
     return {name: _without_room(sites, sites[name], directions, now, whole) for name, directions in found.items()}
 
