@@ -236,7 +236,7 @@ def _separate_directions(data: SiteData, units: int, signed: Tensor | None) -> U
         right = right * (1 - 2 * chosen.T)[:, None]
     return UnitDirections(
         channels.out.whole(left),
-        values.square().mean(0).sqrt(),
+        torch.linalg.vector_norm(values, dim=0) / len(values) ** 0.5,
         channels.into.whole(right),
         captured,
         parts=values,

@@ -285,7 +285,7 @@ def wanted_units(model: nn.Module, sites: Sites, units: Mapping[str, int], how: 
     if replicas is not None:
         replicas.check_renewable()
         units = replicas.first(dict(units))
-    if has_room(model):
+    if not how.fills_room and has_room(model):
         check_method(how)
     widths = sites.widths(model)
     return {name: check_units(sites, widths, name, count, how) for name, count in units.items()}

@@ -278,7 +278,7 @@ class Grower:
         return decision if replicas is None else replicas.first(decision)
 
     def _observer(self, needs: frozenset[str], sketch: bool | None = None) -> Observer:
-        if has_room(self.model):
+        if not self.how.fills_room and has_room(self.model):
             check_method(self.how)
         sketch = self.growth == "sketch" if sketch is None else sketch
         growth: dict[str, Any] = {"growth": False}

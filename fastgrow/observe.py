@@ -20,7 +20,7 @@ from .distributed import replicas_of, together
 from .errors import GrowthError
 from .functional import FlatTexts, FunctionalLayers
 from .growth_map import check_mapped
-from .names import find_module, find_tensor
+from .names import find_module, find_tensor, modules_in
 from .nn import attention_opened
 from .observation import Observation
 from .readings import NormSums, Readings
@@ -231,11 +231,12 @@ class observe:
     # -- hooks ----------------------------------------------------------------------------------------
 
     def _install(self) -> None:
-        check_not_captured(self.model)
+        modules = modules_in(self.model)
+        check_not_captured(self.model, modules)
         self._watching = True
         if "torch._dynamo" in sys.modules:  # compiled code was traced without the hooks
             self._stack.enter_context(torch.compiler.set_stance("force_eager"))
-        self._stack.enter_context(attention_opened(self.model))
+        self._stack.enter_context(attention_opened(modules))
         if self._nagn:
             self._stack.enter_context(riding(self.model))
         producers = {name for site in self._targets for name in site.producers}
@@ -394,7 +395,10 @@ class observe:
             readings.scale = self._loss_scale(gradient)
             batch.backward = torch._C._current_graph_task_id()
         total = carried_sum(gradient)
-        if total is None:
+        if total is None and place == "check":  # finite or not: no digit of it is used
+            wide = torch.promote_types(gradient.dtype, torch.float32)
+            total = torch.linalg.vector_norm(gradient.detach(), dtype=wide)
+        elif total is None:
             total = kernel_ops.sum_of_squares(gradient)
             carry(gradient, total)  # a residual sum hands the same tensor to both its branches
         live, whole = self._shares.get(name, (1, 1))  # room is no element of the layer's output
