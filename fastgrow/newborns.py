@@ -109,12 +109,12 @@ class Newborns:
             slot = self.site.weight(name, role)
             shape = self._shape(slot)
             count = math.prod(shape) // self.steps
-            piece = vectors[offset : offset + count].T  # (steps, count)
+            piece = vectors[offset : offset + count]  # (count, steps)
             offset += count
             if role == "producer":
-                part = piece.reshape(-1, *shape[1:])
+                part = piece.T.reshape(-1, *shape[1:])
             else:
-                part = piece.reshape(self.steps, shape[0], -1, *shape[2:]).movedim(0, 1).reshape(shape)
+                part = piece.reshape(shape[0], -1, *shape[2:], self.steps).movedim(-1, 1).reshape(shape)
             if not isinstance(slot.layout, Leaf):
                 positions = self.positions(name, role).reshape(-1).to(vectors.device)
                 part = torch.empty_like(part).index_copy_(0 if role == "producer" else 1, positions, part)
