@@ -185,7 +185,8 @@ def block_directions(data: SiteData, units: int, *, signed: Tensor | None = None
     """
     model, sites, site = data.model, data.sites, data.site
     if site.separate and not site.gates:
-        return _separate_directions(replace(data, bias=data.bias and signed is None), units, signed)
+        weights_alone = data.bias and signed is not None
+        return _separate_directions(replace(data, bias=False) if weights_alone else data, units, signed)
     channels = Channels.of(tensors_of(model), sites.sizes(model), sites, site)
     gates = gate_rows(model, sites, site, units)
     maps = []
@@ -235,7 +236,7 @@ def _separate_directions(data: SiteData, units: int, signed: Tensor | None) -> U
         right = right * (1 - 2 * chosen.T)[:, None]
     return UnitDirections(
         channels.out.whole(left),
-        values.square().mean(0).sqrt(),
+        torch.linalg.vector_norm(values, dim=0) / len(values) ** 0.5,
         channels.into.whole(right),
         captured,
         parts=values,
@@ -259,10 +260,10 @@ def _of_members(pairs: Sequence[StackedPair], units: int, name: str) -> tuple[Te
     rank = min(units, *blocks.shape[1:])
     captured = 1.0
     if min(blocks.shape[1:]) <= SMALL_SIDE:
-        wide = blocks.double().cpu()
+        wide = blocks.to("cpu", torch.float64)
         if blocks.dtype == torch.float32 and wide.shape[1] <= wide.shape[2]:
             # float64 holds the squares of what float32 tells apart
-            left = torch.linalg.eigh(wide @ wide.mT).eigenvectors.flip(-1)[..., :rank]
+            left = torch.linalg.eigh(wide @ wide.mT).eigenvectors[..., -rank:].flip(-1)
         else:
             left = torch.linalg.svd(wide, full_matrices=False).U[..., :rank]
         left = left * fixed_signs(left)

@@ -10,8 +10,8 @@ __all__ = ["fixed_signs", "svd_of_cores", "to_host"]
 
 def fixed_signs(left: Tensor) -> Tensor:
     """(..., m, k) -> (..., 1, k): what makes each column's largest entry positive, so that ranks and reruns agree."""
-    largest = left.gather(-2, left.abs().argmax(-2, keepdim=True))
-    return (largest < 0).to(left.dtype).mul_(-2).add_(1)
+    low, high = torch.aminmax(left, dim=-2, keepdim=True)
+    return torch.ones_like(low).copysign_(low + high)  # the larger of both in size gives the sum its sign
 
 
 def to_host(tensors: list[Tensor]) -> list[Tensor]:

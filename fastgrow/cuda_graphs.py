@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -12,14 +14,17 @@ from .sites import unwrap
 __all__ = ["check_not_captured"]
 
 
-def check_not_captured(model: nn.Module) -> None:
-    """Raises `GrowthError` while a CUDA graph is captured, and for modules that `make_graphed_callables` captured."""
+def check_not_captured(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> None:
+    """Raises `GrowthError` while a CUDA graph is captured, and for modules that `make_graphed_callables` captured.
+
+    modules: the model's, where at hand.
+    """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise GrowthError(
             "a CUDA graph is being captured: growth changes the memory that it would replay; grow outside the capture, "
             "and capture again afterwards"
         )
-    for module in modules_in(unwrap(model)):
+    for module in modules_in(unwrap(model)) if modules is None else modules:
         forward = module.__dict__.get("forward")
         if forward is not None and "make_graphed_forward" in getattr(forward, "__qualname__", ""):
             name = next(name for name, one in unwrap(model).named_modules() if one is module)

@@ -238,31 +238,29 @@ class EditBuilder:
         if value is None:
             return
         name, layouts, shape = slot.tensor, self._layouts(slot.tensor), self.shapes[slot.tensor]
-        index: list[Tensor | None] = []  # None: all positions
+        index = {slot.dim: self._positions(site, slot)}  # of the dimensions that are not written whole
         for dim, length in enumerate(shape):
-            if dim == slot.dim:
-                index.append(self._positions(site, slot))
-            elif dim in layouts and value.shape[dim] != length:
+            if dim != slot.dim and dim in layouts and value.shape[dim] != length:
                 lengths = [(size(layouts[dim], sizes), sizes) for sizes in (self.now, self.old)]
                 known = next((sizes for length, sizes in lengths if length == value.shape[dim]), self.seed)
-                index.append(index_map(layouts[dim], known, self.new))
-            else:
-                index.append(None)
-        wanted = tuple(
-            n if positions is None else positions.shape[0] for n, positions in zip(shape, index, strict=True)
-        )
-        if tuple(value.shape) != wanted:
+                index[dim] = index_map(layouts[dim], known, self.new)
+        wanted = list(shape)
+        for dim, positions in index.items():
+            wanted[dim] = positions.shape[0]
+        if list(value.shape) != wanted:
             raise GrowthError(
-                f"site {site.name!r}: new values of shape {tuple(value.shape)} were given for {name!r}, wanted {wanted}"
+                f"site {site.name!r}: new values of shape {tuple(value.shape)} were given for {name!r}, wanted "
+                f"{tuple(wanted)}"
             )
-        offsets = [0 if positions is None else run_start(positions) for positions in index]
-        if name not in self.fresh and not self.rewriting and None not in offsets:
-            block = Block(tuple(at or 0 for at in offsets), value.to(self.tensors[name]).contiguous())
-            self.blocks.setdefault(name, []).append(block)
-            return
+        if name not in self.fresh and not self.rewriting:
+            starts = {dim: run_start(positions) for dim, positions in index.items()}
+            if None not in starts.values():
+                offset = tuple(starts.get(dim) or 0 for dim in range(len(shape)))
+                block = Block(offset, value.to(self.tensors[name]).contiguous())
+                self.blocks.setdefault(name, []).append(block)
+                return
         target = self._values(name)
-        whole = [torch.arange(n) if positions is None else positions for n, positions in zip(shape, index, strict=True)]
-        grid = _open_grid(whole, target.device)
+        grid = _open_grid([index.get(dim, torch.arange(n)) for dim, n in enumerate(shape)], target.device)
         if start.sources is None:
             target[grid] = value.to(target)
         else:

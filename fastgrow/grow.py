@@ -155,20 +155,20 @@ def _grown_together(
 ) -> tuple[dict[str, Start], list[str]]:
     """All sites in one transaction; how they started, and the activations replaced."""
     replicas = replicas_of(model)
-    with torch.no_grad(), together(replicas):
-        check_trained(unwrap(model), optimizers)
-        how.check_optimizers(optimizers)
-        if how.needs_closure:
-            if closure is None:
-                raise GrowthError(
-                    f"{how.name} needs the loss again: give closure=, a function that returns the loss "
-                    "(grower.step(closure=...) in a loop)"
-                )
-            starts, edits = _rehearsed(model, sites, wanted, how, closure)
-        else:
-            starts, edits = _started(model, sites, wanted, how, seen)
-    _share(replicas, edits)
     with torch.no_grad():
+        with together(replicas):
+            check_trained(unwrap(model), optimizers)
+            how.check_optimizers(optimizers)
+            if how.needs_closure:
+                if closure is None:
+                    raise GrowthError(
+                        f"{how.name} needs the loss again: give closure=, a function that returns the loss "
+                        "(grower.step(closure=...) in a loop)"
+                    )
+                starts, edits = _rehearsed(model, sites, wanted, how, closure)
+            else:
+                starts, edits = _started(model, sites, wanted, how, seen)
+        _share(replicas, edits)
         edits = fitted(model, sites, edits, wanted, round_to)
     before = [id(parameter) for parameter in unwrap(model).parameters()] if replicas is not None else []
     _carried_out(unwrap(model), edits, optimizers, also)
@@ -285,9 +285,10 @@ def wanted_units(model: nn.Module, sites: Sites, units: Mapping[str, int], how: 
     if replicas is not None:
         replicas.check_renewable()
         units = replicas.first(dict(units))
-    if has_room(model):
+    if not how.fills_room and has_room(model):
         check_method(how)
-    return {name: check_units(model, sites, name, count, how) for name, count in units.items()}
+    widths = sites.widths(model)
+    return {name: check_units(sites, widths, name, count, how) for name, count in units.items()}
 
 
 def observe_closure(model: nn.Module, watching: observe, closure: Callable[[], Tensor]) -> Observation:

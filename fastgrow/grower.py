@@ -160,10 +160,11 @@ class Grower:
     def _refused(self) -> dict[str, str]:
         """Sites that the policy may ask for and the method cannot grow: told now, not once a growth is due."""
         refused: dict[str, str] = {}
+        widths = self.sites.widths(self.model)
         mapped = (self.how.needs_directions and self.how.reads_growth) or self.where.reads & {"directions", "natural"}
         for name, units in self._wishes().items():
             try:
-                check_units(self.model, self.sites, name, units, self.how)
+                check_units(self.sites, widths, name, units, self.how)
                 check_untied(self.sites[name])
                 if mapped:
                     check_mapped(self.sites[name])
@@ -277,7 +278,7 @@ class Grower:
         return decision if replicas is None else replicas.first(decision)
 
     def _observer(self, needs: frozenset[str], sketch: bool | None = None) -> Observer:
-        if has_room(self.model):
+        if not self.how.fills_room and has_room(self.model):
             check_method(self.how)
         sketch = self.growth == "sketch" if sketch is None else sketch
         growth: dict[str, Any] = {"growth": False}

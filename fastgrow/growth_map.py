@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 from torch.fx import Node
@@ -33,6 +34,16 @@ class Chain:
     consumer: LayerCall
     slope: float  # of the middle at zero, without the norm
     norm: Node | None
+
+    @cached_property
+    def letters(self) -> tuple[str, str, str]:
+        """Of stacked layers, in the producer's letters: what it reads, what dL/dz of the consumer has, and both as
+        (member, samples, channel) without the channel."""
+        read, _, between = self.producer.letters()
+        taken, _, out = self.consumer.letters()
+        same = dict(zip(taken, between, strict=True))  # what lies between is one tensor, read under other letters
+        out = "".join(letter if letter == "o" else same[letter] for letter in out)
+        return read, out, "g" + "".join(letter for letter in between if letter not in "go")
 
 
 def _chain_of(sites: Sites, site: Site) -> Chain | None:
@@ -209,21 +220,20 @@ def _pair(data: SiteData, chain: Chain, capture: Capture, weight: float) -> Line
 
 def _stacked_pair(chain: Chain, h: Tensor, dz: Tensor, scale: float, bias: bool) -> StackedPair:
     """Both tensors as (G, N, channels), samples in the order that they have between the two layers."""
-    read, _, between = chain.producer.letters()
-    taken, _, out = chain.consumer.letters()
-    same = dict(zip(taken, between, strict=True))  # what lies between is one tensor, read under other letters
-    out = "".join(letter if letter == "o" else same[letter] for letter in out)
-    rest = [letter for letter in between if letter not in "go"]
+    read, out, shared = chain.letters
     if "g" not in read:
-        h, read = h.expand(dz.shape[out.index("g")], *h.shape), f"g{read}"
-    grad = dz.permute([out.index(letter) for letter in ("g", *rest, "o")])
-    data = h.permute([read.index(letter) for letter in ("g", *rest, "i")])
+        h, read = h[None], f"g{read}"
+    grad, data = _ordered(dz, out, f"{shared}o"), _ordered(h, read, f"{shared}i")
     if data.shape[0] != grad.shape[0]:  # one input for all members
         data = data.expand(grad.shape[0], *data.shape[1:])
-    members = grad.shape[0]
-    return StackedPair(
-        grad.reshape(members, -1, grad.shape[-1]), data.reshape(members, -1, data.shape[-1]), scale, bias
-    )
+    return StackedPair(grad, data, scale, bias)
+
+
+def _ordered(tensor: Tensor, letters: str, wanted: str) -> Tensor:
+    """(first, all between, last) of a tensor's dimensions in the wanted order."""
+    if letters != wanted:
+        tensor = tensor.permute([letters.index(letter) for letter in wanted])
+    return tensor if len(wanted) == 3 else tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
 
 
 def stacked_pairs(data: SiteData) -> list[StackedPair]:

@@ -346,7 +346,7 @@ def _start(
             attach(inner, insertion, modules)
             sites = find_sites(model, example_inputs, include=names[0])
             site = sites[names[0]]
-            wanted = {site.name: check_units(model, sites, site.name, units, how)}
+            wanted = {site.name: check_units(sites, sites.widths(model), site.name, units, how)}
         seen = None
         if how.needs_directions:
             assert closure is not None

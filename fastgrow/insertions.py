@@ -172,11 +172,12 @@ def insertions(model: nn.Module) -> dict[str, Insertion]:
     return dict(sorted(found, key=lambda entry: entry[1].number))
 
 
-def places(model: nn.Module) -> frozenset[str]:
-    """The present names of the modules that hold inserted layers."""
-    if not any(RECORD in module.__dict__ for module in modules_in(model)):
-        return frozenset()
-    return frozenset(name for name, _ in _recorded(model))
+def places(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> frozenset[str]:
+    """The present names of the modules that hold inserted layers. modules: the model's, where at hand."""
+    for module in modules_in(model) if modules is None else modules:
+        if RECORD in module.__dict__:
+            return frozenset(name for name, _ in _recorded(model))
+    return frozenset()
 
 
 def forget(model: nn.Module) -> None:

@@ -79,10 +79,13 @@ class Newborns:
 
     def shape(self, layer: str, role: str) -> tuple[int, ...]:
         """Of a layer's new part: (new rows, in, *kernel), or (out, new columns, *kernel)."""
-        slot = self.site.weight(layer, role)
-        out, into, *kernel = self.weight(layer, role).shape
+        return self._shape(self.site.weight(layer, role))
+
+    def _shape(self, slot: Slot) -> tuple[int, ...]:
+        present = self.tensors[slot.tensor].shape
+        out, into, *kernel = (present[dim] for dim in slot.order(len(present)))
         count = restricted_size(slot.layout, self.site.axis, self._grown)
-        return (count, into, *kernel) if role == "producer" else (out, count, *kernel)
+        return (count, into, *kernel) if slot.role == "producer" else (out, count, *kernel)
 
     def fan_in(self, layer: str) -> int:
         """The inputs of one output of a producer; in a stack those of one member."""
@@ -103,15 +106,16 @@ class Newborns:
         names = self.site.producers if role == "producer" else self.site.consumers
         result, offset = {}, 0
         for name in names:
-            slot, shape = self.site.weight(name, role), self.shape(name, role)
+            slot = self.site.weight(name, role)
+            shape = self._shape(slot)
             count = math.prod(shape) // self.steps
-            piece = vectors[offset : offset + count].T  # (steps, count)
+            piece = vectors[offset : offset + count]  # (count, steps)
             offset += count
             if role == "producer":
-                part = piece.reshape(-1, *shape[1:])
+                part = piece.T.reshape(-1, *shape[1:])
             else:
-                part = piece.reshape(self.steps, shape[0], -1, *shape[2:]).movedim(0, 1).reshape(shape)
-            if slot.layout != Leaf(self.site.axis):
+                part = piece.reshape(shape[0], -1, *shape[2:], self.steps).movedim(-1, 1).reshape(shape)
+            if not isinstance(slot.layout, Leaf):
                 positions = self.positions(name, role).reshape(-1).to(vectors.device)
                 part = torch.empty_like(part).index_copy_(0 if role == "producer" else 1, positions, part)
             result[name] = part.to(self.tensors[slot.tensor].dtype)
@@ -209,9 +213,9 @@ class Newborns:
 
     def part_norms(self, role: str) -> Tensor:
         """(channels,): the mean norm of the present units' weights in each of a separate site's groups or members."""
-        vectors = gather(self.site, self.tensors, self.sizes, role)
-        vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
-        return torch.linalg.vector_norm(self.side(role).parts(vectors), dim=1).mean(1)
+        parts = self.side(role).parts(gather(self.site, self.tensors, self.sizes, role))
+        wide = torch.promote_types(parts.dtype, torch.float32)
+        return torch.linalg.vector_norm(parts, dim=1, dtype=wide).mean(1)
 
     def outgoing_part_norms(self, scale: float, norm: str) -> Tensor:
         """(channels,): `outgoing_norm` of each of a separate site's groups or members, from its own present units."""

@@ -20,7 +20,7 @@ from .distributed import replicas_of, together
 from .errors import GrowthError
 from .functional import FlatTexts, FunctionalLayers
 from .growth_map import check_mapped
-from .names import find_module, find_tensor
+from .names import find_module, find_tensor, modules_in
 from .nn import attention_opened
 from .observation import Observation
 from .readings import NormSums, Readings
@@ -31,6 +31,7 @@ from .site_sketching import Pieces, SiteSketches, check_version
 from .site_solving import SiteSolving
 from .site_view import Solver
 from .sites import Sites, argument_paths, unwrap
+from .solve import Directions
 
 __all__ = ["observe"]
 
@@ -152,7 +153,8 @@ class observe:
         names = _targets(sites, growth, rank)
         self._targets = [sites[name] for name in names]
         self._shares: dict[str, tuple[int, int]] = {}
-        if has_room(self.model):
+        self._roomy = has_room(self.model)
+        if self._roomy:
             self._shares = live_shares(self.model, sites)
             check_told_apart(self.model, self._targets)
         ranks = rank if isinstance(rank, Mapping) else dict.fromkeys(names, rank)
@@ -180,20 +182,21 @@ class observe:
         self._multiplying = False
         self._watching = False
         self._calls: list[tuple[_Batch, FlatTexts | None]] = []  # forward passes under way
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Observation:
         try:
             self._install()
         except BaseException:
-            self._stack.close()
+            self._uninstall()
             raise
         return self.seen
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
+        self._uninstall()
         try:
             if kind is None:
                 self._finish()
@@ -210,9 +213,11 @@ class observe:
         """One of several blocks that belong together (micro-batches, or the steps of a sketch); solved when the last
         one ends."""
         try:
-            with self._stack:
+            try:
                 self._install()
                 yield self.seen
+            finally:
+                self._uninstall()
             if last:
                 self._finish()
             elif self._streams:
@@ -226,19 +231,20 @@ class observe:
     # -- hooks ----------------------------------------------------------------------------------------
 
     def _install(self) -> None:
-        check_not_captured(self.model)
+        modules = modules_in(self.model)
+        check_not_captured(self.model, modules)
         self._watching = True
-        self._stack.callback(self._ended)
         if "torch._dynamo" in sys.modules:  # compiled code was traced without the hooks
             self._stack.enter_context(torch.compiler.set_stance("force_eager"))
-        self._stack.enter_context(attention_opened(self.model))
+        self._stack.enter_context(attention_opened(modules))
         if self._nagn:
             self._stack.enter_context(riding(self.model))
         producers = {name for site in self._targets for name in site.producers}
         consumers = {name for site in self._targets for name in site.consumers}
         watched = producers | consumers | (set(self.sites.layers) if self._nagn else set())
-        self._hook(self.model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True))
-        self._hook(self.model.register_forward_hook(self._end, always_call=True))
+        hooks = self._hooks
+        hooks.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True))
+        hooks.append(self.model.register_forward_hook(self._end, always_call=True))
         functional: dict[str, tuple[nn.Module, str]] = {}
         calls = self.sites.graph.calls if self.sites.graph is not None else ()
         weights = {call.name: call.weight for call in calls if call.bare}
@@ -246,7 +252,7 @@ class observe:
             module = find_module(self.model, name)
             if module is not None and name not in weights:
                 watch = self._watcher(name, name in producers, name in consumers)
-                self._hook(module.register_forward_hook(watch, with_kwargs=True))
+                hooks.append(module.register_forward_hook(watch, with_kwargs=True))
             else:
                 place = find_tensor(self.model, weights.get(name, name))
                 if place is None:
@@ -257,13 +263,14 @@ class observe:
         if "norm" in self._places:
             for info in self.sites.layers.values():
                 if info.norm is not None and (norm := find_module(self.model, info.norm)) is not None:
-                    self._hook(norm.register_forward_hook(self._norm_watcher(info.name)))
+                    hooks.append(norm.register_forward_hook(self._norm_watcher(info.name)))
 
-    def _ended(self) -> None:
+    def _uninstall(self) -> None:
         self._watching = False  # hooks on tensors live as long as their graph
-
-    def _hook(self, handle: torch.utils.hooks.RemovableHandle) -> None:
-        self._stack.callback(handle.remove)
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks.clear()
+        self._stack.close()
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._streams and torch.is_grad_enabled():
@@ -388,7 +395,10 @@ class observe:
             readings.scale = self._loss_scale(gradient)
             batch.backward = torch._C._current_graph_task_id()
         total = carried_sum(gradient)
-        if total is None:
+        if total is None and place == "check":  # finite or not: no digit of it is used
+            wide = torch.promote_types(gradient.dtype, torch.float32)
+            total = torch.linalg.vector_norm(gradient.detach(), dtype=wide)
+        elif total is None:
             total = kernel_ops.sum_of_squares(gradient)
             carry(gradient, total)  # a residual sum hands the same tensor to both its branches
         live, whole = self._shares.get(name, (1, 1))  # room is no element of the layer's output
@@ -451,7 +461,7 @@ class observe:
             return
         if self._sketches is not None:
             found = self._sketches.directions(self._norms.mean, self._norms.samples)
-            self.seen.hold(live_directions(self.model, self.sites, found), self._rank)
+            self.seen.hold(self._live(found), self._rank)
         elif self._targets:
             self._solve(batches)
 
@@ -486,7 +496,11 @@ class observe:
         captures = [batch.capture for batch in batches]
         mapped = [site for site in self._targets if site.name not in self._unmapped]
         found = solving.directions(mapped, captures, weights)
-        self.seen.hold(live_directions(self.model, self.sites, found), self._rank)
+        self.seen.hold(self._live(found), self._rank)
         for label, solver in self._solvers.items():
             found = solving.by(solver, self._targets, captures, weights)
-            self.seen.hold_solution(label, live_directions(self.model, self.sites, found))
+            self.seen.hold_solution(label, self._live(found))
+
+    def _live(self, found: dict[str, Directions]) -> dict[str, Directions]:
+        """Directions of the network without its room."""
+        return live_directions(self.model, self.sites, found) if self._roomy else found

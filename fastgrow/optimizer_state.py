@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .enlarge import Enlargement, Fill
 from .errors import GrowthError
+from .names import modules_in
 from .sharded import is_sharded, part, whole
 
 __all__ = ["Carried", "GrownParameter", "carry", "check_trained", "holds", "unwrapped"]
@@ -158,7 +159,7 @@ def unwrapped(optimizers: Iterable[Any]) -> Iterator[Any]:
 def check_trained(model: nn.Module, optimizers: Iterable[Any]) -> None:
     """Raises `GrowthError` for optimizers of which none holds a parameter of the model: what grows would not train."""
     groups = [getattr(one, "param_groups", None) for one in unwrapped(optimizers)]
-    own = {id(parameter) for parameter in model.parameters()}
+    own = {id(p) for module in modules_in(model) for p in module._parameters.values() if p is not None}
     held = [id(parameter) for each in groups for group in each or () for parameter in group["params"]]
     if own and held and own.isdisjoint(held):
         raise GrowthError(

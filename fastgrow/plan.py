@@ -57,7 +57,7 @@ def plan(model: nn.Module, units: Mapping[str, int], *, sites: Sites, how: How |
     refused: dict[str, str] = {}
     for name, count in checked_units(units).items():
         try:
-            allowed[name] = check_units(model, sites, name, count, how)
+            allowed[name] = check_units(sites, widths, name, count, how)
         except GrowthError as error:
             refused[name] = str(error)
     price = pricing(model, sites)
@@ -92,11 +92,14 @@ def checked_units(units: object) -> Mapping[str, object]:
     return units
 
 
-def check_units(model: nn.Module, sites: Sites, name: str, count: object, how: How) -> int:
-    """The units asked for at one site; raises `GrowthError` where the site or the method cannot grow by them."""
+def check_units(sites: Sites, widths: Mapping[str, int], name: str, count: object, how: How) -> int:
+    """The units asked for at one site; raises `GrowthError` where the site or the method cannot grow by them.
+
+    widths: the sites' present ones.
+    """
     site: Site = sites[name]
     wanted = whole(f"site {name!r}", "units", count)
-    multiple = site_multiple(site, sites.width(model, site))
+    multiple = site_multiple(site, widths[name])
     if wanted % multiple:
         raise GrowthError(f"site {name!r}: {wanted} units were asked for; it grows in multiples of {multiple}")
     how.check(site, wanted)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .cores import to_host
 from .errors import GrowthError
 
 __all__ = ["NormSums", "Readings"]
@@ -73,12 +74,10 @@ class NormSums:
         pending, self._pending = self._pending, []
         if not pending:
             return []
-        device = pending[0][0].device
-        values = torch.cat([buffer.to(device, torch.float64) for buffer, *_ in pending]).tolist()
-        counts, at = [], 0
-        for buffer, marks, samples, scale in pending:
-            read = values[at : at + len(buffer)]
-            at += len(buffer)
+        counts = []
+        buffers = to_host([buffer for buffer, *_ in pending])
+        for (_, marks, samples, scale), buffer in zip(pending, buffers, strict=True):
+            read = buffer.tolist()
             bad = [mark[1] for value, mark in zip(read, marks, strict=False) if not abs(value) < float("inf")]
             if bad and not self.scaled:
                 raise GrowthError(

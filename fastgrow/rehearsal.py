@@ -30,10 +30,14 @@ def preserved(model: nn.Module) -> Iterator[None]:
     held = {id(b): b for module in modules_in(inner) for b in module._buffers.values() if b is not None}
     buffers = [(buffer, buffer.detach().clone()) for buffer in held.values()]
     devices = sorted({p.device.index for p in inner.parameters() if p.is_cuda}) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices), without_gradient_traffic(model):
+    state, states = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
+    with without_gradient_traffic(model):
         try:
             yield
         finally:
+            torch.set_rng_state(state)
+            for device, value in zip(devices, states, strict=True):
+                torch.cuda.set_rng_state(value, device)
             if buffers:
                 with torch.no_grad():
                     for buffer, value in buffers:

@@ -21,7 +21,7 @@ from . import stages
 from .blocks import has_blocks
 from .errors import GrowthError
 from .layout import index_map, restricted_size, size
-from .names import modules_in
+from .names import named_modules_in
 from .replay import derivative_from_the_right
 from .sites import Site, Sites, tensors_of, unwrap
 from .sites.nodes import bind, plain_name
@@ -56,9 +56,10 @@ def has_room(model: nn.Module) -> bool:
 def live_parameters(model: nn.Module) -> int:
     """Entries of the model's parameters, room left out."""
     inner = unwrap(model)
-    room = stages.live_in(inner)
+    named = named_modules_in(inner)
+    room = stages.live_in(inner, named)
     if not room:
-        held = (p for module in modules_in(inner) for p in module._parameters.values() if p is not None)
+        held = (p for _, module in named for p in module._parameters.values() if p is not None)
         return sum({id(parameter): parameter.numel() for parameter in held}.values())
     lengths = {name: {dim: len(index) for dim, index in of.items()} for name, of in room.items()}
     return sum(
@@ -188,8 +189,6 @@ def live_directions(model: nn.Module, sites: Sites, found: Mapping[str, Directio
     M has zero rows and columns where there is room, and its singular vectors have zeros there, but for singular
     values of zero: those directions are left out.
     """
-    if not has_room(model):
-        return dict(found)
     now, whole = sites.sizes(model), sites.sizes(model, room=True)
     return {name: _without_room(sites, sites[name], directions, now, whole) for name, directions in found.items()}
 

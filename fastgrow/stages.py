@@ -6,7 +6,7 @@ survive ``copy.deepcopy``, buffers would show in ``state_dict()``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -68,15 +68,18 @@ class Axis:
     @cached_property
     def newest(self) -> int:
         """The stage of the youngest index."""
-        return int(born.max()) if (born := self.stage[self.stage != ROOM]).numel() else 0
+        born = self.stage[self.live] if self.has_room else self.stage
+        return int(born.max()) if born.numel() else 0
 
     def grown(self, index: Tensor, length: int, stage: int, room: Tensor | None = None) -> Axis:
-        """After a growth to `length` that moved index i to ``index[i]`` (-1: dropped it); positions in `room` hold
-        no unit, the others are born at `stage`."""
+        """After a growth to `length` that moved index i to ``index[i]``; positions in `room` hold no unit, the others
+        are born at `stage`. Where room is given, -1 in the index drops it."""
         stages = torch.full((length,), stage, dtype=torch.int64, device="cpu")
-        if room is not None:
+        if room is None:
+            stages.index_copy_(0, index, self.stage)
+        else:
             stages[room] = ROOM
-        stages[index[index >= 0]] = self.stage[index >= 0]
+            stages[index[index >= 0]] = self.stage[index >= 0]
         return Axis(stages, index[self.origin])
 
     @cached_property
@@ -87,7 +90,7 @@ class Axis:
     @cached_property
     def has_room(self) -> bool:
         """Whether some positions hold none."""
-        return bool((self.stage == ROOM).any())
+        return bool(self.stage.numel()) and int(self.stage.max()) == ROOM
 
 
 Axes = Mapping[str, Mapping[int, Axis]]
@@ -154,13 +157,14 @@ def any_room(model: nn.Module) -> bool:
     return False
 
 
-def live_in(model: nn.Module) -> dict[str, dict[int, Tensor]]:
-    """`live` of every tensor with room, by each of its names."""
+def live_in(model: nn.Module, named: Sequence[tuple[str, nn.Module]] | None = None) -> dict[str, dict[int, Tensor]]:
+    """`live` of every tensor with room, by each of its names. named: `named_modules_in` the model, where at hand."""
     found: dict[str, dict[int, Tensor]] = {}
-    for prefix, module in named_modules_in(model) if any_room(model) else ():
-        for leaf, axes in vars(module).get(ATTRIBUTE, {}).items():
-            if positions := live(axes):
-                found[f"{prefix}.{leaf}" if prefix else leaf] = positions
+    for prefix, module in named_modules_in(model) if named is None else named:
+        if (marked := module.__dict__.get(ATTRIBUTE)) is not None:
+            for leaf, axes in marked.items():
+                if positions := live(axes):
+                    found[f"{prefix}.{leaf}" if prefix else leaf] = positions
     return found
 
 

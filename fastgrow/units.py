@@ -69,7 +69,7 @@ def gather(
 ) -> Tensor:
     """(length, units): the vectors of some units (all by default). role: "producer", "consumer" or "bias"."""
     slots = _slots(site, role)
-    if units is None and not axes and all(slot.layout == Leaf(site.axis) for slot in slots):
+    if units is None and not axes and all(isinstance(slot.layout, Leaf) for slot in slots):
         whole = [_canonical(tensors[slot.tensor].detach(), slot, sizes[site.axis]) for slot in slots]
         return (torch.cat(whole, 1) if len(whole) > 1 else whole[0]).T
     units = torch.arange(sizes[site.axis]) if units is None else units

@@ -111,11 +111,11 @@ class GradMax(How):
         if self.signed(site):
             return self._signed_start(newborns)
         steps = newborns.steps
-        left = found.left[:, :steps]
-        random = steps - left.shape[1]
-        values = _values(found)[..., :steps]
-        norms = self._norms(newborns, values, steps)
-        attained = float((values.square() * norms[..., : left.shape[1]].square()).sum())
+        left, values = found.left[:, :steps], _values(found)[..., :steps]
+        known = left.shape[1]
+        random = steps - known
+        norms = self._norms(newborns, values, random)
+        attained = float(torch.linalg.vector_norm(values * norms[..., :known])) ** 2
         if random:
             left = completed(newborns, left, random, "consumer")
         outgoing = newborns.split(left * _entries(newborns, norms), "consumer")
@@ -123,18 +123,17 @@ class GradMax(How):
         incoming = {} if gates is None else newborns.split(gates[:, :steps], "producer")
         return Start(incoming, outgoing=outgoing, captured=found.captured, attained=attained, random=random)
 
-    def _norms(self, newborns: Newborns, values: Tensor, steps: int) -> Tensor:
-        """The norm of each new outgoing column: (steps,); (channels, steps) where each channel has its own."""
-        target: Tensor | float
+    def _norms(self, newborns: Newborns, values: Tensor, random: int) -> Tensor:
+        """The norm of each new outgoing column, one of these values or a random one: (steps,), or (1,) for all alike;
+        (channels, steps) or (channels, 1) where each channel has its own."""
         if values.dim() == 2:
             target = newborns.outgoing_part_norms(self.scale, self.norm).to(values)[:, None]
         else:
-            target = newborns.outgoing_norm(self.scale, self.norm)
-        norms = values.new_ones(*values.shape[:-1], steps) * target
-        if self.norm == "sigma":
-            known = values.shape[-1]
-            norms[..., :known] = values / values.norm(dim=-1, keepdim=True) * target * known**0.5
-        return norms
+            target = values.new_full((1,), newborns.outgoing_norm(self.scale, self.norm))
+        if self.norm != "sigma":
+            return target
+        known = values / values.norm(dim=-1, keepdim=True) * target * values.shape[-1] ** 0.5
+        return torch.cat([known, target.expand(*known.shape[:-1], random)], -1)
 
     def _signed_start(self, newborns: Newborns) -> Start:
         """w = +-epsilon v: both units of a pair see the same samples, their outputs cancel."""
@@ -145,7 +144,7 @@ class GradMax(How):
         count = steps // 2 if pairs else steps
         known = min(count, len(found.values))
         values = _values(found)[..., :count]
-        norms = self._norms(newborns, values, count)
+        norms = self._norms(newborns, values, count - known)
         small: Tensor | float
         if values.dim() == 2:
             small = newborns.channels.into.spread(self.epsilon * newborns.part_norms("producer")[:, None])
@@ -153,7 +152,7 @@ class GradMax(How):
             small = self.epsilon * newborns.mean_norm("producer")
         left = completed(newborns, found.left[:, :known], count - known, "consumer") * _entries(newborns, norms)
         right = completed(newborns, found.right[:, :known], count - known, "producer") * small
-        attained = float((values.square() * norms[..., :known].square()).sum())
+        attained = float(torch.linalg.vector_norm(values * norms[..., :known])) ** 2
         if pairs:
             left = torch.stack([left, -left], 2).flatten(1)
             right = right.repeat_interleave(2, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -59,13 +59,13 @@ def _causal_as_told(mask: Tensor | None, is_causal: bool | None = None, size: in
 
 
 @contextlib.contextmanager
-def attention_opened(model: nn.Module) -> Iterator[None]:
+def attention_opened(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Torch's attention runs as `MultiheadAttention` does: layer by layer, its head count an attribute like others.
 
     Torch's own hides its projections in one function, or in a fused kernel. For tracing, and while layers are watched;
     the modules stay the same objects. Modules of any other class, subclasses of torch's too, are left alone.
     """
-    opened = [module for module in modules_in(model) if type(module) is nn.MultiheadAttention]
+    opened = [module for module in modules if type(module) is nn.MultiheadAttention]
     try:
         for module in opened:
             module.__class__ = MultiheadAttention
@@ -82,7 +82,7 @@ def attention_traced(model: nn.Module) -> Iterator[None]:
     """`attention_opened` for tensors without values: no fused kernels, and no mask is looked at to learn its kind."""
     fused = torch.backends.mha.get_fastpath_enabled()
     detect = transformer._detect_is_causal_mask
-    with attention_opened(model):
+    with attention_opened(modules_in(model)):
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             transformer._detect_is_causal_mask = _causal_as_told

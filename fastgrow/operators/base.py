@@ -163,7 +163,7 @@ def upcast(tensor: Tensor, what: str) -> Tensor:
             f"{what} has dtype {tensor.dtype}; a growth matrix needs float64, float32, bfloat16 or float16"
         )
     tensor = tensor.detach()
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return tensor if tensor.dtype in LARGEST_EXPONENT else tensor.float()
 
 
 def checked_pair(grad_output: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,5 +172,4 @@ def checked_pair(grad_output: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
             f"grad_output lies on {grad_output.device}, input on {input.device}; both must be on one device"
         )
     grad, data = upcast(grad_output, "grad_output"), upcast(input, "input")
-    dtype = torch.promote_types(grad.dtype, data.dtype)
-    return grad.to(dtype), data.to(dtype)
+    return (grad, data) if grad.dtype == data.dtype else (grad.double(), data.double())

@@ -34,7 +34,10 @@ class StackedPair(LinearMap):
         mantissa, power = split_scale(scale)
         self.blocks = grad.mT @ data  # U_g: (G, O, I)
         if _is_tame(self.blocks):
-            self.blocks *= mantissa
+            if mantissa == 0.5:  # a power of two, as the scale of one batch is
+                mantissa, power = 1.0, power - 1
+            else:
+                self.blocks *= mantissa
             self.exponent = torch.full((), float(power), device="cpu")
         else:
             of_grad, of_data = exponent_of(grad), exponent_of(data)

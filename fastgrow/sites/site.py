@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import stages
 from ..errors import GrowthError
 from ..insertions import places
-from ..layout import Layout, axes_of, size
+from ..layout import Layout, Leaf, axes_of, size
 from ..names import named_modules_in
 from .graph import Followed, unwrap
 
@@ -236,19 +236,25 @@ class Sites(Sequence[Site]):
         raises: GrowthError where the model's tensors do not fit the sites (another model, or one that
         was resized by hand), and where a layer was inserted since they were found.
         """
-        shapes = {name: tensor.shape for name, tensor in tensors_of(model).items()}
-        for name, positions in () if room else stages.live_in(unwrap(model)).items():
+        inner = unwrap(model)
+        named = named_modules_in(inner)
+        shapes = {name: tensor.shape for name, tensor in _tensors_in(named).items()}
+        for name, positions in () if room else stages.live_in(inner, named).items():
             lengths = {dim: len(index) for dim, index in positions.items()}
             shapes[name] = torch.Size(lengths.get(dim, length) for dim, length in enumerate(shapes[name]))
-        return self._sizes(model, shapes)
+        return self._sizes(inner, named, shapes)
 
     def present(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[int, int]]:
         """`live_tensors` and `sizes` of this model, in one look."""
-        tensors = live_tensors(model)
-        return tensors, self._sizes(model, {name: tensor.shape for name, tensor in tensors.items()})
+        inner = unwrap(model)
+        named = named_modules_in(inner)
+        tensors = _live_tensors_in(inner, named)
+        return tensors, self._sizes(inner, named, {name: tensor.shape for name, tensor in tensors.items()})
 
-    def _sizes(self, model: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[int, int]:
-        later = places(unwrap(model)) - self.inserted
+    def _sizes(
+        self, model: nn.Module, named: Sequence[tuple[str, nn.Module]], shapes: Mapping[str, torch.Size]
+    ) -> dict[int, int]:
+        later = places(model, [module for _, module in named]) - self.inserted
         if later:
             raise GrowthError(
                 f"a layer was inserted at {min(later)!r} after these sites were found: find them again with "
@@ -273,10 +279,19 @@ class Sites(Sequence[Site]):
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer of the model under all its names."""
-    modules = named_modules_in(unwrap(model))
+    return _tensors_in(named_modules_in(unwrap(model)))
+
+
+def live_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """`tensors_of`, those with reserved room detached and without it."""
+    inner = unwrap(model)
+    return _live_tensors_in(inner, named_modules_in(inner))
+
+
+def _tensors_in(named: Sequence[tuple[str, nn.Module]]) -> dict[str, Tensor]:
     registries: list[tuple[str, Mapping[str, Tensor | None]]]
-    registries = [(prefix, module._parameters) for prefix, module in modules if module._parameters]
-    registries += [(prefix, module._buffers) for prefix, module in modules if module._buffers]
+    registries = [(prefix, module._parameters) for prefix, module in named if module._parameters]
+    registries += [(prefix, module._buffers) for prefix, module in named if module._buffers]
     return {
         f"{prefix}.{leaf}" if prefix else leaf: tensor
         for prefix, registry in registries
@@ -285,10 +300,9 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def live_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """`tensors_of`, those with reserved room detached and without it."""
-    tensors = tensors_of(model)
-    for name, positions in stages.live_in(unwrap(model)).items():
+def _live_tensors_in(model: nn.Module, named: Sequence[tuple[str, nn.Module]]) -> dict[str, Tensor]:
+    tensors = _tensors_in(named)
+    for name, positions in stages.live_in(model, named).items():
         tensors[name] = stages.live_part(tensors[name].detach(), positions)
     return tensors
 
@@ -328,6 +342,8 @@ def _axis_size(site: Site, shapes: Mapping[str, torch.Size], known: Mapping[int,
         if slot.tensor not in shapes:
             raise GrowthError(f"site {site.name!r} was found in another model: {slot.tensor!r} is not in this one")
         length = shapes[slot.tensor][slot.dim]
+        if isinstance(slot.layout, Leaf):  # the axis itself
+            return length
         base = size(slot.layout, {**known, site.axis: 0})
         slope = size(slot.layout, {**known, site.axis: 1}) - base
         if slope <= 0 or (length - base) % slope or length < base:
