@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import as_list, copies_of, instance
+from .cores import to_host
 from .cuda_graphs import check_not_captured
 from .distributed import Replicas, replicas_of, together
 from .edits import EditBuilder, Edits, build_edits
@@ -33,6 +34,7 @@ from .reserve import check_method, fitted, release
 from .room import has_room, live_parameters
 from .sharded import Renewals, gathered, wrapped_modules
 from .sites import Site, Sites, unwrap
+from .solve import Directions
 from .stages import clear, newest_stage
 from .trial import find_sites
 from .widen import widen
@@ -126,20 +128,31 @@ def grow_observed(
         starts, swapped = _grown_together(model, sites, wanted, how, seen, optimizers, also, closure, round_to)
     how.settle(model, optimizers)
     follow_configs(unwrap(model))
-    rate = optimizers[0].param_groups[0]["lr"] if optimizers else None
+    gains = _predicted_gains(starts, optimizers)
     grown = [
         SiteGrowth(
             name,
             before[name],
             before[name] + count,
             starts[name].captured,
-            None if rate is None or starts[name].attained is None else float(rate) * float(starts[name].attained or 0),
+            gains.get(name),
             random_units=starts[name].random,
         )
         for name, count in wanted.items()
     ]
     total = live_parameters(model)
     return GrowthReport(grown, how.name, time.perf_counter() - started, total, swapped)
+
+
+def _predicted_gains(starts: Mapping[str, Start], optimizers: list[Any]) -> dict[str, float]:
+    """Site name -> learning rate x attained squared gradient, where both are known."""
+    if not optimizers:
+        return {}
+    rate = float(optimizers[0].param_groups[0]["lr"])
+    known = {name: start.attained for name, start in starts.items() if start.attained is not None}
+    waiting = {name: value for name, value in known.items() if isinstance(value, Tensor)}
+    known |= zip(waiting, to_host(list(waiting.values())), strict=True)
+    return {name: rate * float(value) for name, value in known.items()}
 
 
 def _grown_together(
@@ -198,15 +211,16 @@ def _grown_by_site(
     starts: dict[str, Start] = {}
     swapped: list[str] = []
     with torch.no_grad(), contextlib.ExitStack() as undone:
+        found = _directions(sites, wanted, how, seen)
         for name, count in wanted.items() if not how.rewrites else ():
             with _gathered(inner, sites[name]), together(replicas):
-                starts[name] = _start(Newborns(inner, sites, sites[name], count), how, seen)
+                starts[name] = _start(Newborns(inner, sites, sites[name], count), how, found)
         for name, count in wanted.items():
             site = sites[name]
             with _gathered(inner, site), together(replicas):
                 builder = EditBuilder(inner, sites, {name: count}, how.rewrites, seed)
                 if how.rewrites:
-                    starts[name] = _start(builder.newborns(site), how, seen)
+                    starts[name] = _start(builder.newborns(site), how, found)
                 builder.add(site, starts[name])
                 edits = builder.edits([name] if how.swaps(site) else [])
             _share(replicas, edits)
@@ -241,13 +255,23 @@ def _share(replicas: Replicas | None, edits: Edits) -> None:
         replicas.share_([values for edit in edits.tensors for values in edit.values])
 
 
-def _start(newborns: Newborns, how: How, seen: Observation | None) -> Start:
-    """How one site's units begin, from its directions where the method wants any."""
-    name = newborns.site.name
-    if how.needs_directions:
-        assert seen is not None
-        rank = how.rank(newborns.site, newborns.units)
-        newborns.directions = seen.solution(how.name, name, rank) if how.solves else seen.site_directions(name, rank)
+def _directions(sites: Sites, units: Mapping[str, int], how: How, seen: Observation | None) -> dict[str, Directions]:
+    """What each site's units begin from, where the method wants directions."""
+    if not how.needs_directions:
+        return {}
+    assert seen is not None
+    ranks = {name: how.rank(sites[name], count) for name, count in units.items()}
+    found = {
+        name: seen.solution(how.name, name, rank) if how.solves else seen.site_directions(name, rank)
+        for name, rank in ranks.items()
+    }
+    how.check_directions(found)
+    return found
+
+
+def _start(newborns: Newborns, how: How, found: Mapping[str, Directions]) -> Start:
+    """How one site's units begin."""
+    newborns.directions = found.get(newborns.site.name)
     return how.start(newborns)
 
 
@@ -255,10 +279,11 @@ def _started(
     model: nn.Module, sites: Sites, units: Mapping[str, int], how: How, seen: Observation | None
 ) -> tuple[dict[str, Start], Edits]:
     builder = EditBuilder(model, sites, units, how.rewrites)
+    found = _directions(sites, units, how, seen)
     starts: dict[str, Start] = {}
     for name in units:
         site = sites[name]
-        starts[name] = _start(builder.newborns(site), how, seen)
+        starts[name] = _start(builder.newborns(site), how, found)
         builder.add(site, starts[name])
     return starts, builder.edits([name for name in units if how.swaps(sites[name])])
 

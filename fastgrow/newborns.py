@@ -35,7 +35,8 @@ class Start:
     (out, new columns, *kernel); values: any other tensor of the site -> its new part. Rows and columns
     stand in the order of their positions in the layer.
     attained: squared norm of the loss gradient that the new weights receive at the first step, where the
-    method knows it. random: units beyond the growth matrix's rank, started at random.
+    method knows it; a tensor () stays on its device. random: units beyond the growth matrix's rank, started at
+    random.
     """
 
     incoming: dict[str, Tensor] = field(default_factory=dict)
@@ -47,7 +48,7 @@ class Start:
     rescale: dict[str, Tensor | float] = field(default_factory=dict)
     shift: dict[str, Tensor] = field(default_factory=dict)
     captured: float | None = None
-    attained: float | None = None
+    attained: Tensor | float | None = None
     random: int = 0
 
 
@@ -181,11 +182,11 @@ class Newborns:
         assert isinstance(squares, Tensor)
         return squares.sqrt()
 
-    def mean_norm(self, role: str) -> float:
-        """Mean norm of the present units' outgoing or incoming weights."""
-        return float(self.old_norms(role).mean())
+    def mean_norm(self, role: str) -> Tensor:
+        """(): the mean norm of the present units' outgoing or incoming weights."""
+        return self.old_norms(role).mean()
 
-    def outgoing_norm(self, scale: float, norm: str) -> float:
+    def outgoing_norm(self, scale: float, norm: str) -> Tensor | float:
         """The norm of a new outgoing column: `scale` ("fixed"), or `scale` times the mean norm of the present ones.
 
         The latter is multiplied by sqrt(eps) for each batch norm in training mode that the units pass: it divides what

@@ -20,7 +20,7 @@ __all__ = ["signed_pairs"]
 
 
 def signed_pairs(
-    data: SiteData, plain: Directions, size: float, *, solver: Callable[..., list[Directions]] = solve
+    data: SiteData, plain: Directions, size: Tensor | float, *, solver: Callable[..., list[Directions]] = solve
 ) -> Directions:
     """The plain directions, each turned to its better sign and its outgoing side solved under its own mask.
 

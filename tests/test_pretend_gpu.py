@@ -11,6 +11,7 @@ import torch
 from how_cases import BRANCHED, CASES, Case
 from pretend_gpu import OnGpu, a_gpu, bare, moved
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import fastgrow as fg
 
@@ -126,3 +127,21 @@ def test_a_loop_grows_as_on_a_cpu(growth: str, tmp_path: Path) -> None:
         fg.save(tmp_path / "grown", model, optimizer, grower)
 
     _alike(train, case.build)
+
+
+@pytest.mark.parametrize("how", ["GradMax", "Random"])
+def test_the_host_waits_as_often_for_many_sites_as_for_few(how: str) -> None:
+    def waits(depth: int) -> int:
+        torch.manual_seed(1)
+        layers = [layer for _ in range(depth) for layer in (nn.Linear(80, 80), nn.ReLU())]
+        model, x = nn.Sequential(nn.Linear(16, 80), nn.ReLU(), *layers, nn.Linear(80, 4)), torch.randn(200, 16)
+        sites = fg.find_sites(model, x)
+        with a_gpu() as seen:
+            data = OnGpu(x)
+            model = moved(model)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            closure = lambda: F.mse_loss(model(data), data[:, :4])  # noqa: E731
+            fg.grow(model, {s.name: 4 for s in sites}, HOWS[how](), sites=sites, optimizer=optimizer, closure=closure)
+            return len(seen)
+
+    assert waits(2) == waits(6) <= 12

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -42,6 +42,10 @@ class How:
 
     def check(self, site: Site, units: int) -> None:
         """Raises `GrowthError` where the method cannot grow this site by so many units."""
+
+    def check_directions(self, found: Mapping[str, Directions]) -> None:
+        """Raises `GrowthError` where the method cannot start units from what was found; of all sites, so that a device
+        is waited for once."""
 
     def multiple(self, site: Site, width: int) -> int:
         """The units that come together where this method grows a site of this width."""

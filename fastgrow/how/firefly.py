@@ -94,7 +94,7 @@ class Firefly(How):
         newborns = rehearsal.newborns(name, units)
         steps = units // site.step
         width = newborns.sizes[site.axis]
-        present = newborns.mean_norm("producer")
+        present = float(newborns.mean_norm("producer"))
         full = self.variant == "full"
         fresh = -int(-self.extra * steps // 1) if full else steps
         if full and width + fresh < steps:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from ..arguments import choice, number
+from ..cores import to_host
 from ..errors import GrowthError
 from ..newborns import Newborns, Start
 from ..sites import Site
@@ -100,22 +102,26 @@ class GradMax(How):
         steps = units // site.step
         return max(1, steps // 2) if self.signed(site) and self.relu != "epsilon" else steps
 
+    def check_directions(self, found: Mapping[str, Directions]) -> None:
+        largest = to_host([directions.values[:1] for directions in found.values()])
+        for name, value in zip(found, largest, strict=True):
+            if not value.count_nonzero():
+                raise GrowthError(
+                    f"site {name!r}: its growth matrix is zero, so no direction has a gradient; the loss does not "
+                    "depend on these layers, or their gradients underflow (scale the loss)"
+                )
+
     def start(self, newborns: Newborns) -> Start:
-        site, found = newborns.site, newborns.directions
+        found = newborns.directions
         assert found is not None
-        if not len(found.values) or float(found.values[0]) == 0.0:
-            raise GrowthError(
-                f"site {site.name!r}: its growth matrix is zero, so no direction has a gradient; the loss does not "
-                "depend on these layers, or their gradients underflow (scale the loss)"
-            )
-        if self.signed(site):
+        if self.signed(newborns.site):
             return self._signed_start(newborns)
         steps = newborns.steps
         left, values = found.left[:, :steps], _values(found)[..., :steps]
         known = left.shape[1]
         random = steps - known
         norms = self._norms(newborns, values, random)
-        attained = float(torch.linalg.vector_norm(values * norms[..., :known])) ** 2
+        attained = torch.linalg.vector_norm(values * norms[..., :known]) ** 2
         if random:
             left = completed(newborns, left, random, "consumer")
         outgoing = newborns.split(left * _entries(newborns, norms), "consumer")
@@ -129,7 +135,7 @@ class GradMax(How):
         if values.dim() == 2:
             target = newborns.outgoing_part_norms(self.scale, self.norm).to(values)[:, None]
         else:
-            target = values.new_full((1,), newborns.outgoing_norm(self.scale, self.norm))
+            target = values.new_ones(1) * newborns.outgoing_norm(self.scale, self.norm)
         if self.norm != "sigma":
             return target
         known = values / values.norm(dim=-1, keepdim=True) * target * values.shape[-1] ** 0.5
@@ -145,18 +151,17 @@ class GradMax(How):
         known = min(count, len(found.values))
         values = _values(found)[..., :count]
         norms = self._norms(newborns, values, count - known)
-        small: Tensor | float
         if values.dim() == 2:
             small = newborns.channels.into.spread(self.epsilon * newborns.part_norms("producer")[:, None])
         else:
             small = self.epsilon * newborns.mean_norm("producer")
         left = completed(newborns, found.left[:, :known], count - known, "consumer") * _entries(newborns, norms)
         right = completed(newborns, found.right[:, :known], count - known, "producer") * small
-        attained = float(torch.linalg.vector_norm(values * norms[..., :known])) ** 2
+        attained = torch.linalg.vector_norm(values * norms[..., :known]) ** 2
         if pairs:
             left = torch.stack([left, -left], 2).flatten(1)
             right = right.repeat_interleave(2, 1)
-            attained *= 2
+            attained = 2 * attained
         incoming, biases = newborns.split_incoming(right)
         return Start(
             incoming=incoming,
