@@ -181,13 +181,13 @@ class Enlargement:
             result[block.place].copy_(block.values)
         return result
 
-    @property
+    @cached_property
     def keeps_all(self) -> bool:
         """Whether every old index has a place, and the old order is kept: what `old_block` and `compacted` need."""
-        moves = zip(self.axes.values(), self.starts.values(), strict=True)
         return all(
-            len(self.targets[dim]) == self.old[dim] and (start is not None or bool((index[1:] > index[:-1]).all()))
-            for dim, (index, start) in zip(self.axes, moves, strict=True)
+            len(self.targets[dim]) == self.old[dim]
+            and (self.starts[dim] is not None or bool((index[1:] > index[:-1]).all()))
+            for dim, index in self.axes.items()
         )
 
     def old_block(self, tensor: Tensor) -> Tensor:
@@ -277,6 +277,9 @@ class Enlargement:
                 result = result.narrow(dim, start, len(index))
         if not scattered:
             result.copy_(source)
+            return
+        if len(scattered) == 1:  # no copy in between
+            result.index_copy_(scattered[0], self.targets[scattered[0]].to(result.device), source)
             return
         order = scattered + [dim for dim in range(result.dim()) if dim not in scattered]
         where = tuple(

@@ -183,7 +183,6 @@ def _larger_entry(
         name,
         enlargement,
         lambda parameter: enlargement.place(kept[name], _fresh(optimizer, group, name, parameter)),
-        enlargement.keeps_all,
     )
 
 

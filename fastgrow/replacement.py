@@ -42,14 +42,14 @@ class Replacement:
     key: Any
     enlargement: Enlargement
     make: Callable[..., Tensor] | None = None  # None: `new` is there already
-    restorable: bool = True  # the old values lie in the new tensor as they are
+    rewritten: bool = False  # the new tensor does not hold the old values as they are
     _new: Tensor | None = field(default=None, init=False)
     _strides: tuple[int, ...] | None = field(default=None, init=False)  # of a tensor that was let go
 
     @classmethod
     def made(cls, holder: Any, key: Any, enlargement: Enlargement, new: Tensor) -> Self:
         """One whose new tensor stands already."""
-        replacement = cls(holder, key, enlargement, restorable=False)
+        replacement = cls(holder, key, enlargement, rewritten=True)
         replacement._new = new
         return replacement
 
@@ -85,7 +85,9 @@ class Replacement:
 
     def release(self, undo: Undo) -> None:
         """Let go of the old tensor's memory, where nobody else can read it and the new tensor holds the values."""
-        if not self.restorable or not _owns_memory(self.old) or _read_elsewhere(self.holder, self.key):
+        if self.rewritten or not _owns_memory(self.old) or not self.enlargement.keeps_all:
+            return
+        if _read_elsewhere(self.holder, self.key):
             return
         nothing = torch.nan if self.old.is_floating_point() or self.old.is_complex() else 0
         blank = self.old.new_full((), nothing).expand(self.old.shape)
@@ -156,13 +158,13 @@ class GrownParameter(Replacement):
             container[key] = self.new
         for move in self.moves:
             move.change_key(self, undo)
+        self.release(undo)
         if self.gradient is not None:
             self.new.grad = self.gradient.build(undo)
-        self.release(undo)
-        if self.gradient is not None and self.is_empty:
-            undo.append(self._gradient_back)
-            self.old.grad = None
-            self.gradient.release(undo)
+            if self.is_empty:
+                undo.append(self._gradient_back)
+                self.old.grad = None
+                self.gradient.release(undo)
         for move in self.moves:
             move.fill(self, undo)
 

@@ -97,7 +97,6 @@ def planned(
         if _rewrites(edit):
             return [(present, None, enlargement.place(present, edit.fresh, edit.scale, edit.shift))]
         return list(enlargement.births(present, edit.fresh))
-    keeps_all = enlargement.keeps_all
     holder = [old]
     if is_sharded(old):  # gathered while nothing has changed on any rank
         sharded = renewals.renewed(
@@ -108,7 +107,7 @@ def planned(
         found = GrownParameter.made(holder, 0, enlargement, sharded)
     else:
         make = partial(_successor, holder, enlargement, edit, parameter is not None)
-        found = GrownParameter(holder, 0, enlargement, make, keeps_all and not _rewrites(edit))
+        found = GrownParameter(holder, 0, enlargement, make, _rewrites(edit))
     found.name = edit.tensor
     if old.grad is not None:
         gradients = [old.grad]
@@ -117,7 +116,7 @@ def planned(
             found.gradient = Replacement.made(gradients, 0, enlargement, placed)
         else:
             grow = partial(_successor, gradients, enlargement)
-            found.gradient = Replacement(gradients, 0, enlargement, grow, keeps_all)
+            found.gradient = Replacement(gradients, 0, enlargement, grow)
     grown[id(old)] = found
     return []
 

@@ -86,8 +86,9 @@ def widen(
     give back: with ``scale``, ``shift``, or room dropped.
 
     optimizers: param groups keep order and options; state as `optimizer_state` says. Those with a
-    method ``grown(parameter, stages: dict[int, Tensor])`` are told of each new parameter they hold; those with a
-    method ``growing()`` are told before that all they remember of their parameters will be stale.
+    method ``grown(parameter, stages: dict[int, Tensor])`` are told of each new parameter they hold, and may refuse it
+    by an exception, not having written to it; those with a method ``growing()`` are told before that what they remember
+    of their parameters will be stale.
     also: copies (AveragedModel, EMA, compiled or DDP-like wrappers) that get the same edits on their
     own old values; names are found through the wrappers' prefixes.
     joining: parameters of swapped modules that no optimizer holds yet.
