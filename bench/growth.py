@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -143,8 +144,7 @@ def _case(
         variants["naive, torch.compile"] = _compiled(variants["naive"], case, units)
     timings = compare(variants, settings.device, settings.times(settings.rounds), _WARMUP)
     cost = timings["armed"].minus(timings["step"])
-    state = armed(case, model, sites, fraction)
-    peak = peak_bytes(lambda: step(state), settings.device)
+    peak = peak_bytes(step, settings.device, partial(armed, case, model, sites, fraction))
     shape = f"{case.name}, {len(sites)} sites, {label}"
     observing, ending = (Timing(list(column)) for column in zip(*parts[_WARMUP:], strict=True))
     more = {

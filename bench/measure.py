@@ -25,6 +25,7 @@ __all__ = [
 
 _TARGET_MS = {"cpu": 5.0, "cuda": 2.0}  # one sample of a fast op lasts at least this long
 _MOST_COPIES = 64
+_MEASURED = "what peak_bytes measures"
 
 
 @dataclass
@@ -181,26 +182,35 @@ def paired_ratio(ours: Timing, baseline: Timing) -> tuple[float, float, float]:
     return (median, ratios[j - 1], ratios[count - j]) if j else (median, -math.inf, math.inf)
 
 
-def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
+def peak_bytes(
+    function: Callable[..., object], device: torch.device, prepare: Callable[[], object] | None = None
+) -> int:
     """Most memory that tensors take during one call, beyond what was allocated before it.
 
-    CPU: from the profiler's record of every allocation; what oneDNN keeps for itself is not in it.
+    prepare: makes what the function is called with. CPU: from the profiler's record of every allocation, which tells
+    that memory was let go of only where it saw it taken: so what goes during the call must come from `prepare`. What
+    oneDNN keeps for itself is not in it.
     """
     if device.type == "cuda":
+        given = [] if prepare is None else [prepare()]
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        function()
+        function(*given)
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as recorded:
-        function()
+        given = [] if prepare is None else [prepare()]
+        with torch.profiler.record_function(_MEASURED):
+            function(*given)
     results: Any = recorded.profiler
+    events = sorted(results.kineto_results.events(), key=lambda event: event.start_ns())
     level = peak = 0
-    for event in sorted(
-        (e for e in results.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
-    ):
-        level += event.nbytes()
-        peak = max(peak, level)
+    for event in events:
+        if event.name() == _MEASURED:
+            level = peak = 0
+        elif event.name() == "[memory]":
+            level += event.nbytes()
+            peak = max(peak, level)
     return peak

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,26 +24,29 @@ def run(settings: Settings) -> Iterator[Row]:
         model = case.build().to(settings.device)
         sites = fg.find_sites(model, case.x, include=[pair.producer for pair in case.pairs])
         for label, fraction in (("n/16", 1 / 16), ("n/4", 1 / 4)):
-            training = _peak(prepared(case, model, sites, fraction), settings)
-            growing = _peak(armed(case, model, sites, fraction), settings)
+            training = _peak(partial(prepared, case, model, sites, fraction), step, settings)
+            growing = _peak(partial(armed, case, model, sites, fraction), step, settings)
             shape = f"{case.name}, {len(sites)} sites, {label}"
             yield settings.row("peak memory", shape, "training step", peak=growing, baseline_peak=training)
         if case.naive and settings.cuda:  # on a CPU its SVDs would take the whole run
-            growing = _peak(armed(case, model, sites, 1 / 16), settings)
-            theirs = _naive_peak(prepared(case, model, sites, 1 / 16), settings)
+            units = {name: max(1, width // 16) for name, width in sites.widths(model).items()}
+            growing = _peak(partial(armed, case, model, sites, 1 / 16), step, settings)
+            theirs = _peak(partial(prepared, case, model, sites, 1 / 16), partial(naive_step, units=units), settings)
             shape = f"{case.name}, {len(sites)} sites, n/16"
             yield settings.row("peak memory", shape, "naive", peak=growing, baseline_peak=theirs)
 
 
-def _naive_peak(trained: Trained, settings: Settings) -> int:
-    widths = trained.grower.sites.widths(trained.model)
-    units = {name: max(1, width // 16) for name, width in widths.items()}
-    return _held(trained) + peak_bytes(lambda: naive_step(trained, units), settings.device)
-
-
-def _peak(trained: Trained, settings: Settings) -> int:
+def _peak(make: Callable[[], Trained], run: Callable[[Trained], object], settings: Settings) -> int:
     """Bytes of model, optimizer state and batch, and what the step adds to them."""
-    return _held(trained) + peak_bytes(lambda: step(trained), settings.device)
+    held = 0
+
+    def prepare() -> Trained:
+        nonlocal held
+        trained = make()
+        held = _held(trained)
+        return trained
+
+    return peak_bytes(run, settings.device, prepare) + held
 
 
 def _held(trained: Trained) -> int:

@@ -164,9 +164,9 @@ REASONS = {
         " stepped apart by torch's kernels."
     ),
     "peak memory": (
-        "All new tensors stand before the first old one goes, so that a failure changes nothing: where all weights "
-        "grow, twice weights and optimizer state against these and the gradients, 1.37x for n/16 and 1.7x for n/4 of "
-        "an MLP with momentum. Before that a site's two tensors and its Krylov basis live until the solve."
+        "At n/4 the grown network itself is up to 1.56x the old one, and its own next training step takes as much or "
+        "more; widening stays below that, for tensors give way one by one. What is left is the solve at the end of the "
+        "backward pass, where all gradients stand: a site's two captured tensors and the factors of its matrix."
     ),
 }
 """Why a benchmark's rows miss their targets, where they do."""

@@ -21,7 +21,8 @@ def pricing(model: nn.Module, sites: Sites) -> Price:
     FLOPs are two for each multiply-add of linear and convolution layers, as
     torch.utils.flop_counter counts them, at the example inputs' batch and map sizes.
     """
-    tensors = dict(unwrap(model).named_parameters())
+    # Not the parameters themselves: a price may outlive them.
+    lengths_now = {name: parameter.numel() for name, parameter in unwrap(model).named_parameters()}
     present = sites.sizes(model)
     graph = sites.graph
 
@@ -32,9 +33,9 @@ def pricing(model: nn.Module, sites: Sites) -> Price:
             sizes[site.axis] = present[site.axis] + count // site.step
         parameters = 0
         lengths: dict[str, int] = {}
-        for name, tensor in tensors.items():
+        for name, present_length in lengths_now.items():
             layouts = graph.tensor_dims.get(name) if graph is not None else None
-            count = math.prod(size(layout, sizes) for layout in layouts) if layouts else tensor.numel()
+            count = math.prod(size(layout, sizes) for layout in layouts) if layouts else present_length
             lengths[name] = count
             parameters += count
         flops = 0.0

@@ -16,7 +16,7 @@ from .errors import GrowthError
 from .layout import run_start
 from .stages import live_part
 
-__all__ = ["Block", "Enlargement", "Fill", "filled"]
+__all__ = ["Block", "Enlargement", "Fill", "allocate", "filled"]
 
 # Entries up to which one call that writes the old positions twice costs less than several calls that do not.
 _PADDED = 1 << 16
@@ -46,6 +46,11 @@ def filled(shape: Sequence[int], blocks: Iterable[Block], like: Tensor) -> Tenso
     for block in blocks:
         values[block.place] = block.values
     return values
+
+
+def allocate(like: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    """Memory without values, of another tensor's dtype and device."""
+    return like.new_empty_strided(shape, strides)
 
 
 Fill = Tensor | complex | tuple[Block, ...]
@@ -152,7 +157,7 @@ class Enlargement:
         if tensor.layout == torch.sparse_coo:
             return self._place_sparse(tensor)
         if isinstance(tensor, FakeTensor):
-            return tensor.new_empty_strided(self.new, _strides_like(tensor, self.new))
+            return allocate(tensor, self.new, _strides_like(tensor, self.new))
         source = tensor
         if isinstance(scale, Tensor):
             source = source * scale.to(tensor.device)
@@ -165,7 +170,7 @@ class Enlargement:
         if self._pads and not isinstance(fresh, Tensor) and _is_row_major(tensor):
             result = torch.constant_pad_nd(source, self._pads, value)
         else:
-            result = tensor.new_empty_strided(self.new, _strides_like(tensor, self.new))
+            result = allocate(tensor, self.new, _strides_like(tensor, self.new))
             for margin in self._margins():
                 if isinstance(fresh, Tensor):
                     result[margin].copy_(fresh[margin])
@@ -175,6 +180,36 @@ class Enlargement:
         for block in fresh if isinstance(fresh, tuple) else ():
             result[block.place].copy_(block.values)
         return result
+
+    @cached_property
+    def keeps_all(self) -> bool:
+        """Whether every old index has a place, and the old order is kept: what `old_block` and `compacted` need."""
+        return all(
+            len(self.targets[dim]) == self.old[dim]
+            and (self.starts[dim] is not None or bool((index[1:] > index[:-1]).all()))
+            for dim, index in self.axes.items()
+        )
+
+    def old_block(self, tensor: Tensor) -> Tensor:
+        """The old values in a tensor of `new` shape: a view where no dimension scatters them, else a copy."""
+        for dim, index in self.axes.items():
+            start = self.starts[dim]
+            if start is None:
+                tensor = tensor.index_select(dim, index.to(tensor.device))
+            else:
+                tensor = tensor.narrow(dim, start, self.old[dim])
+        return tensor
+
+    def compacted(self, tensor: Tensor) -> Tensor:
+        """The same in the tensor's own memory, always a view; overwrites new values, but takes no memory."""
+        for dim, index in self.axes.items():
+            start = self.starts[dim]
+            if start is None:
+                for place, source in enumerate(index.tolist()):
+                    if place != source:
+                        tensor.select(dim, place).copy_(tensor.select(dim, source))
+            tensor = tensor.narrow(dim, start or 0, self.old[dim])
+        return tensor
 
     def births(self, tensor: Tensor, fresh: Fill | None = None) -> Iterator[tuple[Tensor, Any, Tensor]]:
         """What a tensor is written where the enlargement `stays`: (part of it, None, values), or (it, (dimension,
@@ -242,6 +277,9 @@ class Enlargement:
                 result = result.narrow(dim, start, len(index))
         if not scattered:
             result.copy_(source)
+            return
+        if len(scattered) == 1:  # no copy in between
+            result.index_copy_(scattered[0], self.targets[scattered[0]].to(result.device), source)
             return
         order = scattered + [dim for dim in range(result.dim()) if dim not in scattered]
         where = tuple(

@@ -206,6 +206,7 @@ class observe:
     def _forget(self) -> None:
         for batch in self._batches:
             batch.edges.clear()
+            batch.capture = Capture()  # hooks on tensors hold the batch as long as a loss holds its graph
         self._batches.clear()
 
     @contextlib.contextmanager

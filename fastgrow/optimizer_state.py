@@ -18,33 +18,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .enlarge import Enlargement, Fill
 from .errors import GrowthError
 from .names import modules_in
+from .replacement import GrownParameter, Replacement, StateMove
 from .sharded import is_sharded, part, whole
 
-__all__ = ["Carried", "GrownParameter", "carry", "check_trained", "holds", "unwrapped"]
-
-
-@dataclass(frozen=True, eq=False)
-class GrownParameter:
-    """A parameter, what replaces it (itself, where it grows into its room), and the way from one to the other."""
-
-    name: str
-    old: Tensor
-    new: Tensor
-    enlargement: Enlargement
-    fresh: Fill | None = None  # what its new entries will be, where it stays; None: zeros
-
-    @property
-    def stays(self) -> bool:
-        return self.new is self.old
+__all__ = ["Carried", "carry", "check_trained", "holds", "unwrapped"]
 
 
 @dataclass(frozen=True, eq=False)
 class Carried:
-    """What has to be swapped in one optimizer."""
+    """What one optimizer does beside what its grown parameters take along (`GrownParameter.places`, ``.moves``)."""
 
-    members: list[tuple[list[Tensor], int, Tensor]]  # a group's parameters, position, the new one
-    state: MutableMapping[Any, Any]  # the optimizer's own
-    entries: list[tuple[Tensor, Tensor, dict[str, Any]]]  # dead key, new key, the new one's entries
     written: list[tuple[Tensor, Any, Tensor]]  # into state that stays, as `Enlargement.births` says
     held: list[GrownParameter]
 
@@ -85,7 +68,7 @@ _FACTORED: dict[str, Callable[[Enlargement], Enlargement]] = {
 
 
 def carry(optimizer: Any, grown: Mapping[int, GrownParameter]) -> Carried:
-    """Everything one optimizer needs for its grown parameters; changes nothing.
+    """Give one optimizer's grown parameters their places and their state in it; changes nothing of the optimizer.
 
     optimizer: whatever has ``param_groups`` and ``state`` as ``torch.optim.Optimizer`` has them.
     grown: id(old parameter) -> what becomes of it; those that the optimizer doesn't hold are passed over.
@@ -120,29 +103,31 @@ def carry(optimizer: Any, grown: Mapping[int, GrownParameter]) -> Carried:
                     f"{kind}.{attribute} keeps parameters of its own, which would stay at their old size; "
                     "make a new optimizer after growth, or use one of torch.optim or fastgrow.optim"
                 )
-    entries = []
     written: list[tuple[Tensor, Any, Tensor]] = []
+    moves: list[tuple[GrownParameter, StateMove]] = []
     for key in keys:
         found = held[id(key)]
         group = group_of.get(id(key), getattr(optimizer, "defaults", {}))
-        old_entries = state[key]
-        if not isinstance(old_entries, Mapping):
-            raise GrowthError(f"{kind}: the state of {found.name!r} is a {type(old_entries).__name__}, wanted a dict")
-        if found.stays:
-            for name, value in old_entries.items():
-                if (enlargement := _checked_entry(optimizer, name, value, found)) is not None:
-                    fresh = _fresh(optimizer, group, name, found)
-                    written += enlargement.births(value, fresh)
-            continue
-        new_entries = {name: _carry_entry(optimizer, group, name, value, found) for name, value in old_entries.items()}
-        entries.append((found.old, found.new, new_entries))
-    return Carried(
-        [(group["params"], position, found.new) for group, position, found in members],
-        state,
-        entries,
-        written,
-        list(held.values()),
-    )
+        kept = state[key]
+        if not isinstance(kept, Mapping):
+            raise GrowthError(f"{kind}: the state of {found.name!r} is a {type(kept).__name__}, wanted a dict")
+        following = {name: _checked_entry(optimizer, name, value, found) for name, value in kept.items()}
+        larger: dict[str, Replacement] = {}
+        for name, enlargement in following.items():
+            if enlargement is None:
+                continue
+            if found.stays:
+                written += enlargement.births(kept[name], _fresh(optimizer, group, name, found))
+            else:
+                larger[name] = _larger_entry(optimizer, group, name, kept, found, enlargement)
+        if not found.stays:
+            moves.append((found, StateMove(state, kept, larger)))
+    for group, position, found in members:
+        if not found.stays:
+            found.places.append((group["params"], position))
+    for found, move in moves:
+        found.moves.append(move)
+    return Carried(written, list(held.values()))
 
 
 def unwrapped(optimizers: Iterable[Any]) -> Iterator[Any]:
@@ -182,13 +167,24 @@ def holds(value: object, ids: Mapping[int, object], depth: int = 2) -> bool:
     return bool(inner) and any(holds(item, ids, depth - 1) for item in inner)
 
 
-def _carry_entry(optimizer: Any, group: Mapping[str, Any], name: str, value: object, grown: GrownParameter) -> object:
-    enlargement = _checked_entry(optimizer, name, value, grown)
-    if enlargement is None:
-        return value
-    assert isinstance(value, Tensor)
-    placed = enlargement.place(whole(value), _fresh(optimizer, group, name, grown))
-    return part(placed, value) if is_sharded(value) else placed
+def _larger_entry(
+    optimizer: Any,
+    group: Mapping[str, Any],
+    name: str,
+    kept: Mapping[str, Any],
+    grown: GrownParameter,
+    enlargement: Enlargement,
+) -> Replacement:
+    if is_sharded(kept[name]):  # gathered while nothing has changed on any rank
+        placed = enlargement.place(whole(kept[name]), _fresh(optimizer, group, name, grown))
+        return Replacement.made(kept, name, enlargement, part(placed, kept[name]))
+    # The parameter is given later: one that is reached from its own state lives until the garbage collector comes.
+    return Replacement(
+        kept,
+        name,
+        enlargement,
+        lambda parameter: enlargement.place(kept[name], _fresh(optimizer, group, name, parameter)),
+    )
 
 
 def _checked_entry(optimizer: Any, name: str, value: object, grown: GrownParameter) -> Enlargement | None:

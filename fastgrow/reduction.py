@@ -143,7 +143,9 @@ def _by_gram_of_factors(left: Tensor, right: Tensor, width: int) -> Reduced:
         factor = vectors * values.clamp(min=0).sqrt()
     inner = _symmetric(factor.mT, grams[0] @ factor)
     chosen = torch.linalg.eigh(inner).eigenvectors[:, -width:]
-    basis = orthonormalised(left @ (factor @ chosen))[0]  # (m, width)
+    spanning = factor @ chosen
+    del grams, factor, inner, chosen  # together larger than a captured tensor, where a growth step is at its peak
+    basis = orthonormalised(left @ spanning)[0]  # (m, width)
     image, core = orthonormalised(right @ (left.mT @ basis))
     return Reduced(basis, core.mT, image)
 

@@ -13,7 +13,8 @@ from torch.nn.utils import parametrize
 from . import stages
 from .errors import GrowthError
 from .names import find_module, is_wrapper, modules_in
-from .optimizer_state import GrownParameter, holds
+from .optimizer_state import holds
+from .replacement import GrownParameter
 
 __all__ = ["check_memory", "check_owner", "check_parametrization", "check_references", "unknown_tensor"]
 
@@ -79,7 +80,7 @@ def check_parametrization(module: parametrize.ParametrizationList, grown: Mappin
     """Compute the parametrized tensor from the new originals: those that can't grow fail here."""
     named: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     named.update(module.named_buffers(remove_duplicate=False))
-    fresh = {name: grown[id(tensor)].new for name, tensor in named.items() if id(tensor) in grown}
+    fresh = {name: grown[id(tensor)].preview() for name, tensor in named.items() if id(tensor) in grown}
     if not fresh:
         return
     # Copies, for a power iteration writes to its buffers.

@@ -1,7 +1,9 @@
 """The one place that changes modules and optimizer state: all or nothing.
 
-First every new tensor, optimizer entry and copy is built beside the old ones: everything that can
-fail. Then one run of assignments into the dicts and lists that hold them, undone if it is interrupted.
+First everything is checked, with nothing changed and no memory taken but the new entries'. Then one tensor after the
+other gives way to its larger successor, largest first, and is let go of (`replacement`): memory is all that can run
+out there. Last come sizes, modules and stages, and the optimizers are told. Whatever fails or interrupts, every object
+gets back what it had, bit for bit.
 """
 
 from __future__ import annotations
@@ -14,38 +16,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from . import stages
-from .enlarge import Block, Enlargement
 from .errors import GrowthError
-from .names import find_module, find_tensor, innermost, modules_in
-from .optimizer_state import GrownParameter, carry, unwrapped
-from .sharded import Renewals, is_sharded, part, whole
-from .tensor_checks import check_memory, check_owner, check_parametrization, check_references, unknown_tensor
+from .names import find_module, innermost, modules_in
+from .optimizer_state import carry, unwrapped
+from .replacement import GrownParameter
+from .sharded import Renewals
+from .tensor_checks import check_memory, check_parametrization, check_references
+from .tensor_edits import TensorEdit, planned
 
 __all__ = ["AttributeEdit", "Joining", "ModuleSwap", "TensorEdit", "widen"]
-
-
-@dataclass(frozen=True, eq=False)
-class TensorEdit:
-    """New shape and values of one parameter or buffer. Tied names follow: a tensor is edited once."""
-
-    tensor: str  # name in model.state_dict(), or of a buffer that isn't saved
-    axes: Mapping[int, Tensor]  # dimension -> (old length,) int64: where each old index goes; -1 drops room
-    shape: tuple[int, ...]  # the new shape
-    fresh: Tensor | tuple[Block, ...] | None = None  # where no old value lands: of the new shape, or blocks; else zeros
-    scale: float | Tensor = 1.0  # factor on the old values, broadcast against the old shape
-    shift: Tensor | None = None  # added to them afterwards, broadcast against the old shape
-    room: Mapping[int, Tensor] | None = None  # dimension -> new positions without a unit; given: written in place
-
-    @property
-    def values(self) -> list[Tensor]:
-        """All tensors of values that the edit holds."""
-        fresh = [block.values for block in self.fresh] if isinstance(self.fresh, tuple) else [self.fresh]
-        return [part for part in (*fresh, self.scale, self.shift) if isinstance(part, Tensor)]
 
 
 @dataclass(frozen=True)
@@ -99,8 +81,14 @@ def widen(
     so do those whose edit gives ``room`` and neither their shape nor their units' places: they are written in place,
     as their optimizer state is.
 
+    Memory: an old tensor goes when its new one stands, its ``.grad`` with it. To the end stay those that somebody
+    else holds (`replacement` says who counts), that lie in parts on several ranks, or that the new tensor could not
+    give back: with ``scale``, ``shift``, or room dropped.
+
     optimizers: param groups keep order and options; state as `optimizer_state` says. Those with a
-    method ``grown(parameter, stages: dict[int, Tensor])`` are told of each new parameter they hold.
+    method ``grown(parameter, stages: dict[int, Tensor])`` are told of each new parameter they hold, and may refuse it
+    by an exception, not having written to it; those with a method ``growing()`` are told before that what they remember
+    of their parameters will be stale.
     also: copies (AveragedModel, EMA, compiled or DDP-like wrappers) that get the same edits on their
     own old values; names are found through the wrappers' prefixes.
     joining: parameters of swapped modules that no optimizer holds yet.
@@ -127,24 +115,31 @@ _ABSENT = object()
 
 @dataclass(eq=False)
 class _Plan:
-    """Assignments ``container[key] = value`` (_ABSENT: deletion; a tensor is written at key), and who is told."""
+    """What grows, then assignments ``container[key] = value`` (_ABSENT: deletion; a tensor is written at key), and
+    which optimizers are told, before and after."""
 
+    grown: list[GrownParameter] = field(default_factory=list)
     assignments: list[tuple[Any, Any, Any]] = field(default_factory=list)
-    told: list[tuple[Any, Tensor, dict[int, Tensor]]] = field(default_factory=list)
+    caching: list[Any] = field(default_factory=list)
+    told: list[tuple[Any, GrownParameter | Tensor, dict[int, Tensor]]] = field(default_factory=list)
 
     def commit(self) -> Callable[[], None]:
-        undo: list[tuple[Any, Any, Any]] = []
+        undo: list[Callable[[], None]] = []
 
         def take_back() -> None:
-            for entry in reversed(undo):
-                _assign(*entry)
+            for step in reversed(undo):
+                step()
 
         try:
+            for optimizer in self.caching:
+                optimizer.growing()
+            for found in self.grown:
+                found.grow(undo)
             for container, key, value in self.assignments:
-                undo.append((container, key, _standing(container, key)))
+                undo.append(partial(_assign, container, key, _standing(container, key)))
                 _assign(container, key, value)
-            for optimizer, parameter, born in self.told:
-                optimizer.grown(parameter, born)
+            for optimizer, one, born in self.told:
+                optimizer.grown(one.new if isinstance(one, GrownParameter) else one, born)
         except BaseException:
             take_back()
             raise
@@ -177,12 +172,14 @@ class _Plan:
         renewals = Renewals(roots)
         for root in roots:
             for edit in edits:
-                plan.assignments += _build(root, edit, _whose(root, model), grown, edited, renewals)
+                plan.assignments += planned(root, edit, _whose(root, model), grown, edited, renewals)
         plan.assignments += renewals.assignments
         replaced = plan._swap_modules(roots, swaps, renewals)
         for root in roots:
             plan._edit_attributes(root, attributes, _whose(root, model), replaced)
         plan._swap_tensors(roots, grown, replaced, stage, optimizers)
+        plan.grown = [found for found in grown.values() if not found.stays]
+        plan.grown.sort(key=lambda found: found.old.nbytes, reverse=True)
         return plan
 
     def _swap_tensors(
@@ -208,7 +205,7 @@ class _Plan:
                         continue
                     changed = True
                     if not found.stays:
-                        self.assignments.append((registry, leaf, found.new))
+                        found.places.append((registry, leaf))
                     enlargement = found.enlargement
                     recorded[leaf] = stages.with_growth(
                         recorded.get(leaf, {}),
@@ -227,11 +224,11 @@ class _Plan:
                 check_parametrization(module, moved)
         for optimizer in _unique(unwrapped(optimizers)):
             carried = carry(optimizer, grown)
-            self.assignments += [*carried.members, *carried.written]
-            for old, new, entries in carried.entries:
-                self.assignments += [(carried.state, old, _ABSENT), (carried.state, new, entries)]
+            self.assignments += carried.written
+            if carried.held and callable(getattr(optimizer, "growing", None)):
+                self.caching.append(optimizer)
             if callable(getattr(optimizer, "grown", None)):
-                self.told += [(optimizer, found.new, born[id(found.old)]) for found in carried.held]
+                self.told += [(optimizer, found, born[id(found.old)]) for found in carried.held]
 
     def join(self, optimizers: Sequence[Any], joining: Sequence[Joining]) -> None:
         """New parameters into the param groups of present ones; their state is for the optimizer to make."""
@@ -322,97 +319,6 @@ class _Plan:
                 self.assignments.append((vars(owner), stages.WITHOUT_ROOM, bare or _ABSENT))
 
 
-def _build(
-    root: nn.Module,
-    edit: TensorEdit,
-    whose: str,
-    grown: dict[int, GrownParameter],
-    edited: dict[int, TensorEdit],
-    renewals: Renewals,
-) -> list[tuple[Any, Any, Any]]:
-    """Make one edit's new tensor and enter it in `grown`; nothing where it is there already.
-
-    Returns what is to be written into a tensor that stays.
-    """
-    found = find_tensor(root, edit.tensor)
-    if found is None:
-        raise GrowthError(unknown_tensor(root, edit.tensor, whose))
-    module, leaf = found
-    check_owner(module, leaf, edit.tensor, whose)
-    parameter = module._parameters.get(leaf)
-    old: Tensor = getattr(module, leaf)
-    what = f"{whose}: {edit.tensor!r}"
-    if is_lazy(old):
-        raise GrowthError(f"{what} has no shape yet; run one batch through the model first")
-    if old.layout != torch.strided or old.is_quantized:
-        raise GrowthError(f"{what} is {old.layout}, quantized={old.is_quantized}; wanted a dense tensor")
-    previous = edited.get(id(old))
-    if previous is not None:
-        if previous is edit or _same(previous, edit):
-            return []
-        raise GrowthError(
-            f"{whose}: {previous.tensor!r} and {edit.tensor!r} are the same tensor, edited in two ways; "
-            "join them into one edit"
-        )
-    enlargement = Enlargement.checked(what, old.shape, edit.shape, edit.axes, edit.room)
-    if isinstance(edit.fresh, Tensor) and tuple(edit.fresh.shape) != enlargement.new:
-        raise GrowthError(f"{what}: fresh has shape {tuple(edit.fresh.shape)}, wanted {enlargement.new}")
-    for block in edit.fresh if isinstance(edit.fresh, tuple) else ():
-        if not block.fits(enlargement.new):
-            raise GrowthError(
-                f"{what}: fresh has a block of shape {tuple(block.values.shape)} from {block.offset} on, which does "
-                f"not lie in {enlargement.new}"
-            )
-    if isinstance(edit.scale, Tensor) and not _broadcasts(edit.scale.shape, old.shape):
-        raise GrowthError(
-            f"{what}: scale has shape {tuple(edit.scale.shape)}, which doesn't broadcast to {enlargement.old}"
-        )
-    if edit.shift is not None and not _broadcasts(edit.shift.shape, old.shape):
-        raise GrowthError(
-            f"{what}: shift has shape {tuple(edit.shift.shape)}, which doesn't broadcast to {enlargement.old}"
-        )
-    if edit.room is not None and enlargement.stays:
-        grown[id(old)] = GrownParameter(edit.tensor, old, old, enlargement, edit.fresh)
-        edited[id(old)] = edit
-        values = old.detach()
-        if isinstance(edit.scale, Tensor) or edit.scale != 1.0 or edit.shift is not None:
-            return [(values, None, enlargement.place(values, edit.fresh, edit.scale, edit.shift))]
-        return list(enlargement.births(values, edit.fresh))
-    new = enlargement.place(whole(old).detach(), edit.fresh, edit.scale, edit.shift)
-    if is_sharded(old):
-        new = renewals.renewed(what, old, new)
-        _take_hooks(old, new)
-    elif parameter is not None:
-        new = _parameter_like(parameter, new)
-    if not isinstance(old, FakeTensor):
-        vars(new).update(vars(old))
-    if old.grad is not None:
-        gradient = enlargement.place(whole(old.grad))
-        new.grad = part(gradient, old.grad) if is_sharded(old.grad) else gradient
-    grown[id(old)] = GrownParameter(edit.tensor, old, new, enlargement)
-    edited[id(old)] = edit
-    return []
-
-
-def _parameter_like(old: nn.Parameter, values: Tensor) -> Tensor:
-    """A parameter of the same class, flags and hooks; handles to the hooks stay valid."""
-    if type(old) is not nn.Parameter and issubclass(type(old), nn.Parameter):
-        new: Tensor = torch.Tensor._make_subclass(type(old), values, old.requires_grad)
-    else:
-        new = nn.Parameter(values, requires_grad=old.requires_grad)
-    if getattr(old, "grad_dtype", old.dtype) != old.dtype:
-        new.grad_dtype = old.grad_dtype
-    _take_hooks(old, new)
-    return new
-
-
-def _take_hooks(old: Tensor, new: Tensor) -> None:
-    if old._backward_hooks is not None:
-        new._backward_hooks = old._backward_hooks
-    if old._post_accumulate_grad_hooks is not None:
-        new._post_accumulate_grad_hooks = old._post_accumulate_grad_hooks
-
-
 def _counterparts(original: nn.Module | None, other: nn.Module) -> dict[int, Any]:
     """id of a module, and of what it holds itself -> the same of another copy of it."""
     found: dict[int, Any] = {id(original): other}
@@ -451,32 +357,6 @@ def _is_plain(module: nn.Module, name: str) -> bool:
         return not isinstance(vars(module)[name], Tensor)
     inherited = getattr(type(module), name, _ABSENT)
     return inherited is not _ABSENT and not hasattr(inherited, "__get__")
-
-
-def _same(one: TensorEdit, other: TensorEdit) -> bool:
-    if tuple(one.shape) != tuple(other.shape) or one.axes.keys() != other.axes.keys():
-        return False
-    if not all(torch.equal(index, other.axes[dim]) for dim, index in one.axes.items()):
-        return False
-    rooms = (one.room or {}, other.room or {})
-    if rooms[0].keys() != rooms[1].keys() or not all(torch.equal(at, rooms[1][dim]) for dim, at in rooms[0].items()):
-        return False
-    return all(_equal(getattr(one, name), getattr(other, name)) for name in ("fresh", "scale", "shift"))
-
-
-def _equal(one: object, other: object) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one is other or (one.dtype == other.dtype and torch.equal(one, other))
-    if isinstance(one, tuple) and isinstance(other, tuple):
-        pairs = zip(one, other, strict=False)
-        return len(one) == len(other) and all(a.offset == b.offset and _equal(a.values, b.values) for a, b in pairs)
-    return not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other
-
-
-def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
-    return len(shape) <= len(target) and all(
-        mine in (1, wanted) for mine, wanted in zip(reversed(shape), reversed(target), strict=False)
-    )
 
 
 def _unique(items: Iterable[Any]) -> list[Any]:

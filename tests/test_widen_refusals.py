@@ -182,7 +182,15 @@ def test_an_optimizer_that_refuses_undoes_the_growth() -> None:
 class Interruption:
     """Raises at the n-th line that the transaction runs, wherever that is."""
 
-    FILES = ("widen.py", "enlarge.py", "optimizer_state.py", "stages.py", "names.py")
+    FILES = (
+        "widen.py",
+        "tensor_edits.py",
+        "replacement.py",
+        "enlarge.py",
+        "optimizer_state.py",
+        "stages.py",
+        "names.py",
+    )
 
     def __init__(self, at: float, error: type[BaseException]) -> None:
         self.at, self.error, self.lines, self.built = at, error, 0, 0

@@ -119,6 +119,11 @@ class GrowingOptimizer(torch.optim.Optimizer):
                 "grown parameters that are real, torch.optim complex ones too"
             )
 
+    def growing(self) -> None:
+        """Let go of all that is remembered of parameters between steps: growth is about to replace some of them."""
+        self._settle()
+        self._reset()
+
     def grown(self, parameter: Tensor, stages: Mapping[int, Tensor]) -> None:
         """Learn that a parameter has grown; its state has been moved and stands under the new tensor.
 
