@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from .enlarge import Enlargement, Fill, allocate
 
 __all__ = ["GrownParameter", "Replacement", "StateMove"]
 
+_R = TypeVar("_R", bound="Replacement")
 Undo = list[Callable[[], None]]
 """What takes a transaction back, last entry first; each does no harm where its deed was not done."""
 
@@ -47,7 +48,7 @@ class Replacement:
     _strides: tuple[int, ...] | None = field(default=None, init=False)  # of a tensor that was let go
 
     @classmethod
-    def made(cls, holder: Any, key: Any, enlargement: Enlargement, new: Tensor) -> Self:
+    def made(cls: type[_R], holder: Any, key: Any, enlargement: Enlargement, new: Tensor) -> _R:
         """One whose new tensor stands already."""
         replacement = cls(holder, key, enlargement, rewritten=True)
         replacement._new = new

@@ -157,7 +157,8 @@ class _Machine(TorchFunctionMode):
             elif _named_device(value) is not None:
                 target = _named_device(value)
                 continue
-            left.append(value)
+            if isinstance(value, torch.dtype):
+                left.append(value)
         kwargs.pop("non_blocking", None)
         if target is not None and target.type != x.device.type:
             if target.type == "cpu":
@@ -193,7 +194,8 @@ def a_gpu() -> Iterator[list[str]]:
             "is_cpu": lambda x: _device_of(x).type == "cpu",
         }.items():
             patch.setattr(torch.Tensor, attribute, property(value))
-        patch.setattr("fastgrow.optimizer_state.FakeTensor", OnGpu)  # plain tensors are what its entries may be
+        patch.setattr("fastgrow.optimizer_state.FakeTensor", OnGpu)  # plain tensors, to those who ask for such
+        patch.setattr("fastgrow.riding.Tensor", OnGpu)
         with _Machine():
             yield _Machine.waits
 
