@@ -113,24 +113,10 @@ def solve(
         for device in {p.map.device for p in problems}:
             stack.enter_context(products_in("float32", device))
         _check_finite(problems)
-        iterated: list[_Problem] = []
-        for problem in problems:
-            route = _route(problem) if method == "auto" else method
-            if route == "subspace" and 3 * problem.width <= problem.side:
-                iterated.append(problem)
-            else:
-                problem.reduce(route)
-        unlimited = method == "subspace"
-        runs = [_Krylov(problem, tol, unlimited, problem.map.may_round) for problem in iterated]
-        _iterate(runs)
-        refused = [run.problem for run in runs if run.refused]
-        again = [_Krylov(problem, tol, unlimited, rounded=False) for problem in refused]
-        _iterate(again)
-        for run in (*runs, *again):
-            if run.certified:
-                run.problem.reduced = run.reduced()
-            elif run.given_up:
-                run.problem.reduce("auto")
+        # A device is waited for by all of its sites at once; on a CPU one basis at a time is in memory.
+        elsewhere = [p for p in problems if p.map.device.type != "cpu"]
+        for group in (*([p] for p in problems if p.map.device.type == "cpu"), elsewhere):
+            _reduce(group, method, tol)
         return _finish(problems)
 
 
@@ -140,8 +126,11 @@ class _Problem:
     k: int
     label: str
     reduced: Reduced | None = field(default=None, repr=False)
+    given: LinearMap = field(init=False)
+    exponent: Tensor = field(init=False)  # of the map that it was reduced in
 
     def __post_init__(self) -> None:
+        self.given = self.map
         self.side = min(self.map.shape)
         if self.side == 0:
             raise GrowthError(f"{self.label} is empty: shape {self.map.shape}; it has no directions")
@@ -155,6 +144,10 @@ class _Problem:
     def reduce(self, method: str) -> None:
         """To a core, with no iteration."""
         self.map, self.reduced = reduced(self.map, self.k, self.kept, method)
+
+    def settle(self) -> None:
+        """Once reduced: a matrix that was formed for it goes."""
+        self.exponent, self.map = self.map.exponent, self.given
 
     def round_cost(self, basis: int) -> float:
         """Flops of a Krylov round that ends with this many basis columns."""
@@ -212,6 +205,30 @@ def _route(problem: _Problem) -> Method:
     if formed_cost < products * given.column_flops:
         problem.map = formed(given)
     return "subspace"
+
+
+def _reduce(problems: list[_Problem], method: Method, tol: float) -> None:
+    """To cores, those that are iterated in step."""
+    iterated: list[_Problem] = []
+    for problem in problems:
+        route = _route(problem) if method == "auto" else method
+        if route == "subspace" and 3 * problem.width <= problem.side:
+            iterated.append(problem)
+        else:
+            problem.reduce(route)
+    unlimited = method == "subspace"
+    runs = [_Krylov(problem, tol, unlimited, problem.map.may_round) for problem in iterated]
+    _iterate(runs)
+    refused = [run.problem for run in runs if run.refused]
+    again = [_Krylov(problem, tol, unlimited, rounded=False) for problem in refused]
+    _iterate(again)
+    for run in (*runs, *again):
+        if run.certified:
+            run.problem.reduced = run.reduced()
+        elif run.given_up:
+            run.problem.reduce("auto")
+    for problem in problems:
+        problem.settle()
 
 
 class _Krylov:
@@ -473,7 +490,7 @@ def _finish(problems: list[_Problem]) -> list[Directions]:
         left, right = (_rotate(b, t, problem.map) for b, t in ((part.left, left), (part.right, right)))
         sign = fixed_signs(left)
         values = values.to(problem.map.device)
-        values = scale_by_power(values, problem.map.exponent + part.shift).to(problem.map.dtype)
+        values = scale_by_power(values, problem.exponent + part.shift).to(problem.map.dtype)
         result.append(Directions(left * sign, values, right * sign, part.captured))
     return result
 
