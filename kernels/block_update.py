@@ -6,15 +6,36 @@ order as `block_norms` takes them, so that the next step's learning rates cost n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block_norms import BlockTable, locate_tile, store_block_sums
+from . import block_table
+from .block_norms import (
+    BLOCK_A,
+    BLOCK_B,
+    FIELDS,
+    block_norms_kernel,
+    finish_kernel,
+    locate_tile,
+    store_block_sums,
+)
+from .block_table import POINTERS, SCALARS
 
-__all__ = ["SCALARS", "adam", "avagrad", "sgd"]
+__all__ = ["BlockTable", "runs_on"]
 
-SCALARS = 5  # per block: rate, weight decay, and three that depend on the method
+_WARPS = 4
+_FINISH_ROWS = 128
+_TRITON_TYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
 
 
 @triton.jit
@@ -232,105 +253,110 @@ def _avagrad_kernel(
         store_block_sums(seen * seen, block, low, high, partial_ptr + pid * MAX_BLOCKS)
 
 
-def sgd(
-    table: BlockTable,
-    scalars: Tensor,
-    ratio: Tensor,
-    *,
-    momentum: bool,
-    nesterov: bool,
-    maximize: bool,
-    norms: bool,
-) -> None:
-    """g = G + decay W; m = mu m + gain g; W -= rate ratio (g + mu m if nesterov else m), block by block.
-
-    table: bound to [parameters, gradients] and, with momentum, the buffers. scalars: (total * 5 + 4,) in
-    the table's accumulation dtype: per block rate, decay, gain, two unused; then mu. ratio: (total,).
-    With `norms` the partial sums of the new ||W_dk||^2 are left in table.partial, for `launch_finish`.
-    """
-    with table.guard():
-        _sgd_kernel[(table.tiles.shape[0],)](
-            table.pointers,
-            table.geometry,
-            table.blocks,
-            table.tiles,
-            scalars,
-            ratio,
-            table.partial,
-            table.total,
-            MOMENTUM=momentum,
-            NESTEROV=nesterov,
-            MAXIMIZE=maximize,
-            NORMS=norms,
-            SCALARS=SCALARS,
-            **table.constants(),
-        )
+_KERNELS = {"norms": block_norms_kernel, "sgd": _sgd_kernel, "adam": _adam_kernel, "avagrad": _avagrad_kernel}
 
 
-def adam(
-    table: BlockTable,
-    scalars: Tensor,
-    ratio: Tensor,
-    *,
-    amsgrad: bool,
-    decoupled: bool,
-    maximize: bool,
-    norms: bool,
-) -> None:
-    """Adam with the age t of each block: W -= rate ratio / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps).
-
-    table: bound to [parameters, gradients, first, second moments] and, with amsgrad, the maxima. scalars:
-    (total * 5 + 4,): per block rate, decay, 1 - beta1^t, sqrt(1 - beta2^t), unused; then 1 - beta1, beta2,
-    1 - beta2, eps. The decoupled decay is rate ratio decay W: the block's rate, as for its gradient.
-    """
-    with table.guard():
-        _adam_kernel[(table.tiles.shape[0],)](
-            table.pointers,
-            table.geometry,
-            table.blocks,
-            table.tiles,
-            scalars,
-            ratio,
-            table.partial,
-            table.total,
-            AMSGRAD=amsgrad,
-            DECOUPLED=decoupled,
-            MAXIMIZE=maximize,
-            NORMS=norms,
-            SCALARS=SCALARS,
-            **table.constants(),
-        )
+def runs_on(device: torch.device) -> bool:
+    """Whether kernels run on a device: on a GPU, and anywhere under Triton's interpreter."""
+    return device.type == "cuda" or not isinstance(block_norms_kernel, triton.JITFunction)
 
 
-def avagrad(
-    table: BlockTable,
-    scalars: Tensor,
-    ratio: Tensor,
-    eta: Tensor,
-    *,
-    maximize: bool,
-    norms: bool,
-) -> None:
-    """AvaGrad: W -= rate ratio m eta_t / (1 - beta1^t), 1 / eta_t = sqrt(v_{t-1} / (1 - beta2^{t-1})) + eps.
+class BlockTable(block_table.BlockTable):
+    """The tables on a GPU; the steps are Triton's kernels, one program a tile."""
 
-    table: bound to [parameters, gradients, first, second moments]. scalars: (total * 5 + 4,): per block
-    rate, decay, 1 - beta1^t, sqrt(1 - beta2^{t-1}) (1 at t = 1), sqrt(1 - beta2^t); then 1 - beta1, beta2,
-    1 - beta2, eps. ratio: (total,), the normaliser sqrt(d) / ||eta_t|| included. eta: like table.partial,
-    zeros at first; receives the partial sums of eta_{t+1}^2, for `launch_finish`.
-    """
-    with table.guard():
-        _avagrad_kernel[(table.tiles.shape[0],)](
-            table.pointers,
-            table.geometry,
-            table.blocks,
-            table.tiles,
-            scalars,
-            ratio,
-            table.partial,
-            eta,
-            table.total,
-            MAXIMIZE=maximize,
-            NORMS=norms,
-            SCALARS=SCALARS,
-            **table.constants(),
-        )
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        blocks: Sequence[tuple[Tensor, Tensor]],
+        counts: Sequence[Sequence[int]],
+    ) -> None:
+        acc = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+        super().__init__(tensors, blocks, counts, acc)
+        geometry: list[list[int]] = []
+        tiles: list[Tensor] = []
+        at, first_tile = 0, 0
+        for number, (rows, columns) in enumerate(blocks):
+            size_a, size_b = rows.numel(), columns.numel()
+            grid = (-(-size_a // BLOCK_A), -(-size_b // BLOCK_B))
+            total = grid[0] * grid[1]
+            geometry.append([size_a, size_b, at, at + size_a, self.bases[number], first_tile, total])
+            index = torch.arange(total, dtype=torch.int32)
+            tiles.append(torch.stack([torch.full_like(index, number), index // grid[1], index % grid[1]], 1))
+            at += size_a + size_b
+            first_tile += total
+        geometry.append([0] * 4 + [self.total, first_tile, 0])  # the end of the last tensor's blocks
+        self._max_blocks = triton.next_power_of_2(max(len(count) for count in counts))
+        self._geometry = torch.tensor(geometry, dtype=torch.int64).to(self.device)
+        self._tiles = torch.cat(tiles).contiguous().to(self.device)
+        self._blocks = torch.cat([vector.cpu() for pair in blocks for vector in pair]).to(torch.int32).to(self.device)
+        self.partial = torch.zeros(first_tile, self._max_blocks, dtype=acc, device=self.device)
+        self._rows_aligned = all(line[1] % 16 == 0 for line in geometry)
+        self._pointers = torch.zeros(0, dtype=torch.int64)
+        self._aligned = False
+
+    @staticmethod
+    def is_supported(tensor: Tensor) -> bool:
+        return tensor.dtype in _TRITON_TYPES and tensor.numel() > 0
+
+    def _take(self, addresses: list[int]) -> None:
+        # a blocking copy would wait for all that is queued on the GPU
+        self._pointers = torch.tensor(addresses, dtype=torch.int64).to(self.device, non_blocking=True)
+        self._aligned = self._rows_aligned and all(address % 16 == 0 for address in addresses)
+
+    def _guard(self) -> AbstractContextManager[object]:
+        """The tables' device made current, as a launch needs it."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def launch(
+        self,
+        name: str,
+        options: dict[str, bool] | None = None,
+        scalars: Tensor | None = None,
+        ratio: Tensor | None = None,
+        eta: Tensor | None = None,
+    ) -> None:
+        more = () if eta is None else (eta,)
+        numbers = (self.partial,) if scalars is None else (scalars, ratio, self.partial, *more, self.total)
+        constants = {} if options is None else {"SCALARS": SCALARS, **{key.upper(): on for key, on in options.items()}}
+        with self._guard():
+            _KERNELS[name][(self._tiles.shape[0],)](
+                self._pointers,
+                self._geometry,
+                self._blocks,
+                self._tiles,
+                *numbers,
+                **constants,
+                DTYPE=_TRITON_TYPES[self.dtype],
+                ACC=_TRITON_TYPES[self.acc],
+                POINTERS=POINTERS,
+                FIELDS=FIELDS,
+                MAX_BLOCKS=self._max_blocks,
+                BLOCK_A=BLOCK_A,
+                BLOCK_B=BLOCK_B,
+                ALIGNED=self._aligned,
+                num_warps=_WARPS,
+            )
+
+    def finish(
+        self,
+        partial: Tensor,
+        sums: Tensor,
+        ratio: Tensor | None = None,
+        waiting: Tensor | None = None,
+        adapt: Tensor | None = None,
+    ) -> None:
+        with self._guard():
+            finish_kernel[(len(self.strides),)](
+                partial,
+                self._geometry,
+                sums,
+                self.counts,
+                sums if waiting is None else waiting,
+                sums if ratio is None else ratio,
+                self._tiles if adapt is None else adapt,
+                FIELDS=FIELDS,
+                MAX_BLOCKS=self._max_blocks,
+                ROWS=_FINISH_ROWS,
+                RATIO=ratio is not None,
+                num_warps=_WARPS,
+            )

@@ -14,10 +14,12 @@
 
 #if defined(_MSC_VER)
 #define INLINE __forceinline
+#define INLINED
 #define RESTRICT __restrict
 #define EXPORT extern "C" __declspec(dllexport)
 #else
 #define INLINE inline __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))  // behind a lambda's parameters
 #define RESTRICT __restrict__
 #define EXPORT extern "C" __attribute__((visibility("default")))
 #endif
@@ -35,6 +37,7 @@ constexpr int64_t INTERFACE = 1;    // raised when a table or an argument change
 constexpr int64_t POINTERS = 5;     // parameter, gradient, moments
 constexpr int64_t SCALARS = 5;      // of a block: rate, decay, and three that depend on the method
 constexpr int64_t STRIP = 1024;     // elements updated before they are read again, from the first cache
+constexpr int64_t LANES = 32;       // elements whose squares are added up side by side
 constexpr int64_t GRAIN = 1 << 15;  // elements worth a thread
 
 struct Tensor {
@@ -134,20 +137,30 @@ template <class A> struct Eight {
     }
 };
 
-template <class A> INLINE double squares(const A *x, int64_t n) {
+// The sum of squares of a stretch: LANES elements a time, then what is left.
+template <class A> struct Squares {
     Eight<A> a, b, c, d;  // enough to hide an addition's latency
-    int64_t i = 0;
-    for (; i + 32 <= n; i += 32) {
-        a.add_squares(x + i);
-        b.add_squares(x + i + 8);
-        c.add_squares(x + i + 16);
-        d.add_squares(x + i + 24);
+    INLINE void add(const A *x) {
+        a.add_squares(x);
+        b.add_squares(x + 8);
+        c.add_squares(x + 16);
+        d.add_squares(x + 24);
     }
-    a += b, c += d, a += c;
-    for (; i + 8 <= n; i += 8) a.add_squares(x + i);
-    double total = a.total();
-    for (; i < n; ++i) total += double(x[i]) * double(x[i]);
-    return total;
+    INLINE double total(const A *x, int64_t n) {
+        a += b, c += d, a += c;
+        int64_t i = 0;
+        for (; i + 8 <= n; i += 8) a.add_squares(x + i);
+        double total = a.total();
+        for (; i < n; ++i) total += double(x[i]) * double(x[i]);
+        return total;
+    }
+};
+
+template <class A> INLINE double squares(const A *x, int64_t n) {
+    Squares<A> sum;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) sum.add(x + i);
+    return sum.total(x + i, n - i);
 }
 
 // The values that a strip's block now has, where they stand as numbers side by side, and else copied.
@@ -158,6 +171,30 @@ template <class S, class Mine> INLINE double squares_of(const S *x, int64_t n, M
 }
 INLINE double squares_of(const float *x, int64_t n, All) { return squares(x, n); }
 INLINE double squares_of(const double *x, int64_t n, All) { return squares(x, n); }
+
+// Updates a stretch of x by `update(first, elements)` and gives the sum of squares of what its block now has there.
+// Numbers side by side are added up right behind the step: as one pass over the memory, not a second one.
+template <class S, class Mine, class Update>
+INLINE double squares_behind(const S *x, int64_t n, Mine mine, const Update &update) {
+    update(0, n);
+    return squares_of(x, n, mine);
+}
+template <class A, class Update> INLINE double squares_close_behind(const A *x, int64_t n, const Update &update) {
+    Squares<A> sum;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        update(i, LANES);
+        sum.add(x + i);
+    }
+    update(i, n - i);
+    return sum.total(x + i, n - i);
+}
+template <class Update> INLINE double squares_behind(const float *x, int64_t n, All, const Update &update) {
+    return squares_close_behind(x, n, update);
+}
+template <class Update> INLINE double squares_behind(const double *x, int64_t n, All, const Update &update) {
+    return squares_close_behind(x, n, update);
+}
 
 // Steps every stretch of a chunk that lies in one block, in strips; short runs together, block by block.
 template <class Step> INLINE void for_runs(const Table &t, const Chunk &chunk, Step &step) {
@@ -204,9 +241,19 @@ template <class S, bool MOMENTUM, bool NESTEROV> struct Sgd {
     template <class Mine> INLINE void operator()(int64_t at, int64_t n, int64_t block, Mine mine) {
         const double *of = scalars + SCALARS * block;
         const A rate = A(of[0] * ratio[block]), decay = A(of[1]), gain = A(of[2]);
-        S *RESTRICT p = reinterpret_cast<S *>(pointers[0]) + at;
-        const S *RESTRICT g = reinterpret_cast<const S *>(pointers[1]) + at;
-        S *RESTRICT m = reinterpret_cast<S *>(pointers[2]) + at;
+        S *p = reinterpret_cast<S *>(pointers[0]) + at;
+        const S *g = reinterpret_cast<const S *>(pointers[1]) + at;
+        S *m = reinterpret_cast<S *>(pointers[2]) + at;
+        auto update = [=](int64_t first, int64_t n) INLINED {
+            stretch(p + first, g + first, m + first, n, rate, decay, gain, [=](int64_t i) { return mine(first + i); });
+        };
+        if (sums) sums[block] += squares_behind(p, n, mine, update);
+        else update(0, n);
+    }
+
+    template <class Mine>
+    INLINE void stretch(S *RESTRICT p, const S *RESTRICT g, S *RESTRICT m, int64_t n, A rate, A decay, A gain,
+                        Mine mine) const {
         for (int64_t i = 0; i < n; ++i) {
             A value = load(p[i]), step = sign * load(g[i]) + pull(decay, value);
             if (MOMENTUM) {
@@ -216,7 +263,6 @@ template <class S, bool MOMENTUM, bool NESTEROV> struct Sgd {
             }
             store(p[i], mine(i) ? value - rate * step : value);
         }
-        if (sums) sums[block] += squares_of(p, n, mine);
     }
 };
 
@@ -234,11 +280,21 @@ template <class S, bool AMSGRAD> struct Adam {
         // rate / correction m / (sqrt(v) / root + eps), with one division an element
         const A rate = A(scale / of[2] * of[3]), least = A(common[3] * of[3]);
         const A decay = A(decoupled ? 0 : of[1]), keep = A(decoupled ? 1 - scale * of[1] : 1);
-        S *RESTRICT p = reinterpret_cast<S *>(pointers[0]) + at;
-        const S *RESTRICT g = reinterpret_cast<const S *>(pointers[1]) + at;
-        S *RESTRICT m = reinterpret_cast<S *>(pointers[2]) + at;
-        S *RESTRICT v = reinterpret_cast<S *>(pointers[3]) + at;
-        S *RESTRICT w = reinterpret_cast<S *>(pointers[4]) + at;
+        S *p = reinterpret_cast<S *>(pointers[0]) + at;
+        const S *g = reinterpret_cast<const S *>(pointers[1]) + at;
+        S *m = reinterpret_cast<S *>(pointers[2]) + at, *v = reinterpret_cast<S *>(pointers[3]) + at;
+        S *w = reinterpret_cast<S *>(pointers[4]) + at;
+        auto update = [=](int64_t first, int64_t n) INLINED {
+            stretch(p + first, g + first, m + first, v + first, AMSGRAD ? w + first : w, n, rate, least, decay, keep,
+                    [=](int64_t i) { return mine(first + i); });
+        };
+        if (sums) sums[block] += squares_behind(p, n, mine, update);
+        else update(0, n);
+    }
+
+    template <class Mine>
+    INLINE void stretch(S *RESTRICT p, const S *RESTRICT g, S *RESTRICT m, S *RESTRICT v, S *RESTRICT w, int64_t n,
+                        A rate, A least, A decay, A keep, Mine mine) const {
         for (int64_t i = 0; i < n; ++i) {
             A value = load(p[i]), gradient = sign * load(g[i]) + pull(decay, value);
             A first = load(m[i]), second = load(v[i]);
@@ -254,7 +310,6 @@ template <class S, bool AMSGRAD> struct Adam {
             A stepped = keep * value - rate * (mean / (std::sqrt(square) + least));
             store(p[i], mine(i) ? stepped : value);
         }
-        if (sums) sums[block] += squares_of(p, n, mine);
     }
 };
 

@@ -8,31 +8,21 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+from array import array
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = [
-    "SCALARS",
-    "BlockTable",
-    "adam",
-    "avagrad",
-    "block_norms",
-    "eta_norms",
-    "is_supported",
-    "launch_finish",
-    "missing",
-    "sgd",
-]
+from . import block_table
+from .block_table import POINTERS
 
-SCALARS = 5  # per block: rate, weight decay, and three that depend on the method
+__all__ = ["BlockTable", "missing"]
+
 CHUNK = 1 << 14  # elements: what one thread takes at a time, and whose sums are taken apart
 _STRIP = 1024  # elements stepped together, as in the compiled file
 _SHORT = 64  # columns: what beginning a run costs, in columns of a pass over a strip for one block more
-_POINTERS = 5
 _INTERFACE = 1  # of the compiled file; another one's tables lie otherwise
 _EXTENSION = "fastgrow.kernels._block_update_cpu"
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
@@ -76,18 +66,8 @@ def missing() -> str | None:
     return library if isinstance(library, str) else None
 
 
-def is_supported(tensor: Tensor) -> bool:
-    """Whether the loop takes a tensor's dtype and size; it must be dense in memory besides."""
-    return tensor.dtype in _DTYPES and tensor.numel() > 0
-
-
-class BlockTable:
-    """Where the blocks of many tensors of one dtype lie, run by run; the arguments are those of block_norms.py's.
-
-    tensors: dense, any rank, read as matrices (A, B) over their memory; blocks: per tensor, (A,) and (B,)
-    int64, element (a, b) belonging to block max(rows[a], columns[b]), counting from 0; counts: per tensor,
-    the elements of each block. The addresses are read anew by `bind`, for tensors laid out like these.
-    """
+class BlockTable(block_table.BlockTable):
+    """The tables in a CPU's memory; the steps are the compiled loop's, a chunk of a tensor at a time."""
 
     def __init__(
         self,
@@ -95,25 +75,20 @@ class BlockTable:
         blocks: Sequence[tuple[Tensor, Tensor]],
         counts: Sequence[Sequence[int]],
     ) -> None:
+        super().__init__(tensors, blocks, counts, torch.float64)
         library = _library()
         if isinstance(library, str):
             raise RuntimeError(library)
-        self.library = library
-        self.device, self.dtype, self.acc = torch.device("cpu"), tensors[0].dtype, torch.float64
+        self._library = library
         places: list[list[int]] = []  # B, the tensor's first band, its first block
         bands: list[list[int]] = []
         runs: list[list[int]] = []
         ids: list[Tensor] = []
         chunks: list[list[int]] = []
-        base, sums, before = 0, 0, 0
+        sums, before = 0, 0
         for number, (tensor, (rows, columns), count) in enumerate(zip(tensors, blocks, counts, strict=True)):
             width, total = columns.numel(), tensor.numel()
-            if rows.numel() * width != total or not is_supported(tensor):
-                raise ValueError(
-                    f"tensor {number} of shape {tuple(tensor.shape)}, {tensor.dtype}, is no matrix of "
-                    f"{rows.numel()} x {width} elements that the loop takes"
-                )
-            places.append([width, len(bands), base])
+            places.append([width, len(bands), self.bases[number]])
             met: dict[int, list[int]] = {}
             for stop, row in _runs(rows):
                 if row not in met:
@@ -131,125 +106,62 @@ class BlockTable:
                 chunks.append([number, start, stop, sums, before])
                 sums += len(count)
                 before += stop - start
-            base += len(count)
-        places.append([0, len(bands), base])
-        self.bases = [line[2] for line in places]
-        self.strides = [tensor.stride() for tensor in tensors]
-        self.counts = torch.tensor([n for count in counts for n in count], dtype=self.acc)
+        places.append([0, len(bands), self.total])
         self.partial = torch.zeros(sums, dtype=self.acc)
-        first, second, third, last = (torch.tensor(of, dtype=torch.int64) for of in (places, bands, runs, chunks))
+        numbers = [torch.tensor(of, dtype=torch.int64) for of in (places, bands, runs, chunks)]
         short = torch.cat([torch.zeros(0, dtype=torch.int32), *ids]).to(torch.int32)
-        self._tables = [first, second, third, short, last]
-        self._pointers = torch.zeros(0, dtype=torch.int64)
-        self._addresses: list[list[int]] = []
+        self._tables = [*numbers[:3], short, numbers[3]]  # alive as long as the library reads them
+        self._pointers = array("q", bytes(8 * POINTERS * len(tensors)))
+        self._structure = _Table(
+            self._pointers.buffer_info()[0],
+            *(one.data_ptr() for one in self._tables),
+            len(chunks),
+            sums=self.partial.data_ptr(),
+        )
+        self._reference = ctypes.byref(self._structure)
 
-    @property
-    def total(self) -> int:
-        """Blocks of all tensors together."""
-        return self.bases[-1]
+    @staticmethod
+    def is_supported(tensor: Tensor) -> bool:
+        return tensor.dtype in _DTYPES and tensor.numel() > 0
 
-    def bind(self, columns: Sequence[Sequence[Tensor]]) -> None:
-        """Take the addresses of up to five lists of tensors, each laid out like the table's own."""
-        empty = [0] * (_POINTERS - len(columns))
-        addresses = [[tensor.data_ptr() for tensor in line] + empty for line in zip(*columns, strict=True)]
-        if addresses != self._addresses:
-            self._addresses, self._pointers = addresses, torch.tensor(addresses, dtype=torch.int64)
+    def _take(self, addresses: list[int]) -> None:
+        self._pointers[:] = array("q", addresses)  # in place: the library knows where they stand
 
     def launch(
         self,
         name: str,
-        *flags: bool,
+        options: dict[str, bool] | None = None,
         scalars: Tensor | None = None,
         ratio: Tensor | None = None,
         eta: Tensor | None = None,
     ) -> None:
-        """Call a loop of the library over all chunks, with as many threads as torch takes."""
-        step: Callable[..., None] = getattr(self.library, f"block_update_{name}")
-        step(ctypes.byref(self.structure(scalars, ratio, eta)), _DTYPES[self.dtype], *flags)
+        table = self._structure
+        table.threads = torch.get_num_threads()
+        table.scalars, table.ratio, table.eta = _address(scalars), _address(ratio), _address(eta)
+        step: Callable[..., None] = getattr(self._library, f"block_update_{name}")
+        step(self._reference, _DTYPES[self.dtype], *(options or {}).values())
 
-    def structure(self, scalars: Tensor | None = None, ratio: Tensor | None = None, eta: Tensor | None = None) -> Any:
-        """The tables as the library reads them; float64 (total * 5 + 4,), (total,), and like `partial`."""
-        first = [table.data_ptr() for table in (self._pointers, *self._tables)]
-        last = [None if one is None else one.data_ptr() for one in (scalars, ratio, self.partial, eta)]
-        return _Table(*first, len(self._tables[-1]), torch.get_num_threads(), *last)
+    def finish(
+        self,
+        partial: Tensor,
+        sums: Tensor,
+        ratio: Tensor | None = None,
+        waiting: Tensor | None = None,
+        adapt: Tensor | None = None,
+    ) -> None:
+        given = map(_address, (partial, self.counts, sums, ratio, waiting, adapt))
+        self._library.block_update_finish(self._reference, *given)
+
+    def eta_norms(self, scalars: Tensor, eta: Tensor, out: Tensor, etas: Callable[[], Sequence[Tensor]]) -> None:
+        self.launch("etas", scalars=scalars, ratio=out, eta=eta)
+        self.finish(eta, out)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _runs(blocks: Tensor) -> list[list[int]]:
     """[[end, block], ...] of the runs of equal blocks, (n,) int64."""
     values, lengths = torch.unique_consecutive(blocks, return_counts=True)
     return torch.stack([lengths.cumsum(0), values], 1).tolist()
-
-
-def block_norms(
-    table: BlockTable,
-    out: Tensor,
-    ratio: Tensor | None = None,
-    waiting: Tensor | None = None,
-    adapt: Tensor | None = None,
-) -> None:
-    """||W_dk||_F^2 of every block of the table's first column, into `out` (table.total,) float64.
-
-    ratio, waiting, adapt: as in block_norms.py, the first two in float64.
-    """
-    table.launch("norms")
-    launch_finish(table, table.partial, out, ratio, waiting, adapt)
-
-
-def launch_finish(
-    table: BlockTable,
-    partial: Tensor,
-    sums: Tensor,
-    ratio: Tensor | None = None,
-    waiting: Tensor | None = None,
-    adapt: Tensor | None = None,
-) -> None:
-    """Add a table's partial sums up, chunk after chunk; with `ratio`, work out the learning-rate ratios too."""
-    given = [None if one is None else one.data_ptr() for one in (partial, table.counts, sums, ratio, waiting, adapt)]
-    table.library.block_update_finish(ctypes.byref(table.structure()), *given)
-
-
-def eta_norms(table: BlockTable, scalars: Tensor, eta: Tensor, out: Tensor) -> None:
-    """The sum of eta_t^2 over every block, as a step of `avagrad` rounds it, into `out` (table.total,) float64."""
-    table.launch("etas", scalars=scalars, ratio=out, eta=eta)
-    launch_finish(table, eta, out)
-
-
-def sgd(
-    table: BlockTable,
-    scalars: Tensor,
-    ratio: Tensor,
-    *,
-    momentum: bool,
-    nesterov: bool,
-    maximize: bool,
-    norms: bool,
-) -> None:
-    """`block_update.sgd` on a CPU; scalars and ratio in float64, partial sums of squares into table.partial."""
-    table.launch("sgd", momentum, nesterov, maximize, norms, scalars=scalars, ratio=ratio)
-
-
-def adam(
-    table: BlockTable,
-    scalars: Tensor,
-    ratio: Tensor,
-    *,
-    amsgrad: bool,
-    decoupled: bool,
-    maximize: bool,
-    norms: bool,
-) -> None:
-    """`block_update.adam` on a CPU; scalars and ratio in float64."""
-    table.launch("adam", amsgrad, decoupled, maximize, norms, scalars=scalars, ratio=ratio)
-
-
-def avagrad(
-    table: BlockTable,
-    scalars: Tensor,
-    ratio: Tensor,
-    eta: Tensor,
-    *,
-    maximize: bool,
-    norms: bool,
-) -> None:
-    """`block_update.avagrad` on a CPU; scalars, ratio and eta in float64."""
-    table.launch("avagrad", maximize, norms, scalars=scalars, ratio=ratio, eta=eta)

@@ -7,6 +7,7 @@ from typing import Any
 
 import triton
 from fastgrow.kernels import activation_backward, block_norms, block_update, conv_growth, sum_of_squares
+from fastgrow.kernels.block_table import SCALARS
 from triton.runtime.jit import JITFunction
 
 CUDA = ("80", "90", "100")
@@ -160,11 +161,11 @@ def _growth() -> list[Spec]:
 def _optimizers() -> list[Spec]:
     """Each kernel in one dtype, and Adam, the longest, in all of them and unaligned."""
     found = []
-    flags = dict(MAXIMIZE=False, NORMS=True, SCALARS=block_update.SCALARS)
+    flags = dict(MAXIMIZE=False, NORMS=True, SCALARS=SCALARS)
     adam = dict(AMSGRAD=True, DECOUPLED=True, **flags)
     sgd = dict(MOMENTUM=True, NESTEROV=True, **flags)
     for name, kernel, extra, dtype, aligned, archs in (
-        ("block norms", block_norms._block_norms_kernel, {}, "bf16", True, CUDA),
+        ("block norms", block_norms.block_norms_kernel, {}, "bf16", True, CUDA),
         ("sgd", block_update._sgd_kernel, sgd, "fp32", True, CUDA),
         ("adam", block_update._adam_kernel, adam, "fp32", True, CUDA),
         ("adam", block_update._adam_kernel, adam, "bf16", False, CUDA),
@@ -181,7 +182,7 @@ def _optimizers() -> list[Spec]:
     finish = dict.fromkeys(("partial_ptr", "sums_ptr", "counts_ptr", "waiting_ptr", "ratio_ptr"), "fp32")
     constants = dict(FIELDS=block_norms.FIELDS, MAX_BLOCKS=4, ROWS=128, RATIO=True)
     types = dict(geometry_ptr="i64", adapt_ptr="i32", **finish)
-    found.append(Spec("finish", block_norms._finish_kernel, types, constants, archs=CUDA))
+    found.append(Spec("finish", block_norms.finish_kernel, types, constants, archs=CUDA))
     return found
 
 

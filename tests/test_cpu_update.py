@@ -259,12 +259,12 @@ def test_a_step_leaves_the_norms_of_what_it_wrote(dtype: torch.dtype, monkeypatc
     ratio = torch.ones(table.total, dtype=torch.float64)
     expected = [value - 0.1 for value in values]
     options: dict[str, bool] = dict(momentum=False, nesterov=False, maximize=False)
-    loop.sgd(table, scalars, ratio, norms=True, **options)
+    table.sgd(scalars, ratio, norms=True, **options)
     for value, other in zip(values, expected, strict=True):
         torch.testing.assert_close(value, other, rtol=tolerance(dtype, 1), atol=tolerance(dtype, 1))
     left, anew = (torch.full_like(ratio, float("nan")) for _ in range(2))
-    loop.launch_finish(table, table.partial, left)
-    loop.block_norms(table, anew)
+    table.finish(table.partial, left)
+    table.norms(anew)
     assert torch.equal(left, anew)
     of_blocks = [value.double()[of == k] for value, of in zip(values, maps, strict=True) for k in of.unique()]
     true = torch.stack([block.square().sum() for block in of_blocks])

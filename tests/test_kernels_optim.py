@@ -13,7 +13,7 @@ from fastgrow import GrowthError
 
 pytest.importorskip("triton")
 
-from fastgrow.kernels import block_norms
+from fastgrow.kernels import block_update
 
 SHAPES: dict[str, tuple[tuple[int, ...], dict[int, list[int]]]] = {
     "one": ((1, 1), {0: [0]}),
@@ -25,7 +25,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], dict[int, list[int]]]] = {
 }
 
 
-def table_of(tensors: list[Tensor], stages: list[dict[int, Tensor]]) -> tuple[block_norms.BlockTable, list[int]]:
+def table_of(tensors: list[Tensor], stages: list[dict[int, Tensor]]) -> tuple[block_update.BlockTable, list[int]]:
     maps = [stage_map(tuple(t.shape), s) for t, s in zip(tensors, stages, strict=True)]
     blocks, counts, all_stages = [], [], []
     for tensor, stage in zip(tensors, maps, strict=True):
@@ -35,7 +35,7 @@ def table_of(tensors: list[Tensor], stages: list[dict[int, Tensor]]) -> tuple[bl
         counts.append(torch.bincount(rank.reshape(-1)).tolist())
         all_stages += distinct.tolist()
         assert tensor.is_contiguous()
-    table = block_norms.BlockTable(tensors, blocks, counts)
+    table = block_update.BlockTable(tensors, blocks, counts)
     table.bind([tensors])
     return table, all_stages
 
@@ -52,11 +52,11 @@ def test_block_norms(dtype: torch.dtype, device: torch.device) -> None:
         wide = tensor.double().cpu()
         expected += [wide[stage == k].square().sum() for k in stage.unique()]
     out = torch.full((table.total,), float("nan"), dtype=table.acc, device=device)
-    block_norms.block_norms(table, out)
+    table.norms(out)
     wanted = torch.stack(expected)
     assert ((out.double().cpu() - wanted).abs() <= tolerance(table.acc, 2048) * wanted).all()
     again = torch.full_like(out, float("nan"))
-    block_norms.block_norms(table, again)
+    table.norms(again)
     assert torch.equal(out, again)
 
 
@@ -66,7 +66,7 @@ def test_ratios_and_waiting_blocks(device: torch.device) -> None:
     out, ratio = (torch.full((8,), float("nan"), device=device) for _ in range(2))
     adapt = torch.tensor([1, 0], dtype=torch.int32, device=device)
     waiting = torch.tensor([0.0, 2.0, 1.0, 1.0] * 2, device=device)
-    block_norms.block_norms(table, out, ratio, waiting, adapt)
+    table.norms(out, ratio, waiting, adapt)
     # block 1 is found zero and waits, block 2 waits still, block 3 has passed the seed and follows the rule
     torch.testing.assert_close(ratio.cpu(), torch.tensor([1.0, 1.0, 1.0, 10.0, 1.0, 1.0, 1.0, 1.0]))
     assert waiting.tolist() == [0.0, 1.0, 1.0, 0.0] * 2

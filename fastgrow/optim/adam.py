@@ -88,9 +88,7 @@ class _AdamSteps(GrowingOptimizer):
             maximize=group["maximize"],
         )
 
-    def _fused_step(
-        self, group: dict[str, Any], batch: fused.Batch, rows: Sequence[Sequence[float]], norms: bool
-    ) -> None:
+    def _fused_step(self, group: dict[str, Any], batch: fused.Batch, rows: Sequence[float], norms: bool) -> None:
         beta1, beta2 = (unwrap(beta) for beta in group["betas"])
         batch.adam(
             batch.scalars(rows, (1 - beta1, beta2, 1 - beta2, group["eps"])),

@@ -70,8 +70,8 @@ class AvaGrad(GrowingOptimizer):
         super()._reset()
         self._eta_sums: weakref.WeakKeyDictionary[fused.Batch, fused.EtaSums] = weakref.WeakKeyDictionary()
 
-    def _is_blocked(self, group: dict[str, Any], parameter: Tensor) -> bool:
-        return True
+    def _blocked_from(self, group: dict[str, Any]) -> tuple[float, float]:
+        return 0, 0
 
     def _moments(self, group: dict[str, Any], parameter: Tensor, state: State) -> list[Tensor]:
         return moments_of(parameter, state, self._moment_names)
@@ -170,9 +170,7 @@ class AvaGrad(GrowingOptimizer):
         eta = _denominator(group, moment, _correction(group, of.age)).reciprocal_()
         entry.measure(_ETA, *at, eta)
 
-    def _fused_step(
-        self, group: dict[str, Any], batch: fused.Batch, rows: Sequence[Sequence[float]], norms: bool
-    ) -> None:
+    def _fused_step(self, group: dict[str, Any], batch: fused.Batch, rows: Sequence[float], norms: bool) -> None:
         beta1, beta2 = group["betas"]
         eta = self._eta_sums.get(batch)
         if eta is None:

@@ -8,7 +8,8 @@ and, for rate adaptation, "waiting" (a flag for each block): plain numbers, whic
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -206,9 +207,12 @@ class GrowingOptimizer(torch.optim.Optimizer):
             for group in self.param_groups:
                 plain: list[Tensor] = []
                 blocked: list[Tensor] = []
+                grown_from, others_from = self._blocked_from(group)
                 for parameter in group["params"]:
                     if parameter.grad is not None:
-                        (blocked if self._is_blocked(group, parameter) else plain).append(parameter)
+                        state = self.state.get(parameter)
+                        least = others_from if state is None or "stages" not in state else grown_from
+                        (blocked if parameter.dim() >= least else plain).append(parameter)
                 if plain:
                     self._plain_update(group, plain)
                 if blocked:
@@ -218,9 +222,9 @@ class GrowingOptimizer(torch.optim.Optimizer):
     def _before_step(self) -> None:
         """Called once a step, before any group."""
 
-    def _is_blocked(self, group: Group, parameter: Tensor) -> bool:
-        state = self.state.get(parameter)
-        return (state is not None and "stages" in state) or (group["output_scale"] != 1 and parameter.dim() > 1)
+    def _blocked_from(self, group: Group) -> tuple[float, float]:
+        """The ranks from which on grown parameters, and others, are stepped block by block."""
+        return 0, 2 if group["output_scale"] != 1 else math.inf
 
     def _gradient(self, parameter: Tensor) -> Tensor:
         gradient = parameter.grad
@@ -242,7 +246,7 @@ class GrowingOptimizer(torch.optim.Optimizer):
         """The step of dense tensors that share their numbers: parameters, gradients, then each moment."""
         raise NotImplementedError
 
-    def _fused_step(self, group: Group, batch: fused.Batch, rows: Sequence[Sequence[float]], norms: bool) -> None:
+    def _fused_step(self, group: Group, batch: fused.Batch, rows: Sequence[float], norms: bool) -> None:
         raise NotImplementedError
 
     def _entry(self, parameter: Tensor) -> Entry:
@@ -265,10 +269,8 @@ class GrowingOptimizer(torch.optim.Optimizer):
     def _block_update(self, group: Group, parameters: list[Tensor]) -> None:
         if self._unscale(parameters):
             return
-        batches: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        rest: list[Tensor] = []
+        states, gradients = [], []
         for parameter in parameters:
-            self.check_growth(parameter)
             if parameter.is_cuda and torch.cuda.is_current_stream_capturing():
                 raise GrowthError("a grown parameter's step cannot be captured in a CUDA graph: its rates change")
             gradient = self._gradient(parameter)
@@ -277,15 +279,35 @@ class GrowingOptimizer(torch.optim.Optimizer):
                     f"the gradient of a grown parameter of shape {tuple(parameter.shape)} is "
                     f"{gradient.layout}; a grown embedding needs sparse=False"
                 )
-            self._counted(parameter)
+            gradients.append(gradient)
+            states.append(self._counted(parameter))
+        key, choice = (id(group), parameters[0].device, parameters[0].dtype), self._choice(group)
+        batch = self._batches.get(key)
+        if batch is not None and batch.holds(parameters, states, choice):
+            self._kernel_update(group, batch, states, gradients)
+            return
+        batches: dict[tuple[int, torch.device, torch.dtype], list[int]] = {}
+        rest: list[Tensor] = []
+        for at, parameter in enumerate(parameters):
+            self.check_growth(parameter)
             if self._takes_kernel(group, parameter):
-                batches.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+                batches.setdefault((id(group), parameter.device, parameter.dtype), []).append(at)
             else:
                 rest.append(parameter)
         if rest:
             self._aten_update(group, rest)
         for key, members in batches.items():
-            self._kernel_update(group, (id(group), *key), members)
+            mine, of = [parameters[at] for at in members], [states[at] for at in members]
+            batch = self._batches.get(key)
+            if batch is None or not batch.holds(mine, of, choice):
+                if batch is not None:
+                    batch.settle()
+                blocks = [self._entry(parameter).blocks for parameter in mine]
+                adapt = [self._adapts(group, p, b) for p, b in zip(mine, blocks, strict=True)]
+                route = self._route(group, key[1])
+                assert route is not None
+                batch = self._batches[key] = fused.Batch(mine, blocks, adapt, of, choice, route)
+            self._kernel_update(group, batch, of, [gradients[at] for at in members])
 
     def _unscale(self, parameters: Sequence[Tensor]) -> bool:
         """What a GradScaler leaves to optimizers with fused=True: gradients divided in place; True: no step."""
@@ -299,12 +321,12 @@ class GrowingOptimizer(torch.optim.Optimizer):
         return False
 
     def _counted(self, parameter: Tensor) -> State:
-        state = self.state[parameter]
+        state: State = self.state[parameter]
         step = state.get("step")
         if step is None:
             # torch's SGD counts no steps: one stands for all of them, so that a seed does not pass for new
             state["step"] = torch.tensor(float(any(state.get(name) is not None for name in self._moment_names)))
-        elif step.device.type != "cpu":
+        elif not step.is_cpu:
             # loading into fused=True puts it on the GPU, where reading it would wait for the GPU each step
             state["step"] = step.cpu()
         return state
@@ -466,31 +488,29 @@ class GrowingOptimizer(torch.optim.Optimizer):
     ) -> None:
         """Called behind the step of each part with its last moment, while it lies in the cache."""
 
-    def _kernel_update(self, group: Group, key: object, parameters: list[Tensor]) -> None:
-        states = [self.state[parameter] for parameter in parameters]
-        batch = self._batches.get(key)
-        if batch is None or not batch.holds(parameters, group["rate_adaptation"]):
-            if batch is not None:
-                batch.settle()
-            blocks = [self._entry(parameter).blocks for parameter in parameters]
-            adapt = [self._adapts(group, p, b) for p, b in zip(parameters, blocks, strict=True)]
-            route = self._route(group, parameters[0].device)
-            assert route is not None
-            batch = self._batches[key] = fused.Batch(parameters, blocks, adapt, states, group["rate_adaptation"], route)
-        columns = [self._moments(group, p, state) for p, state in zip(parameters, states, strict=True)]
-        gradients = [self._gradient(parameter) for parameter in parameters]
-        batch.bind(gradients, [list(column) for column in zip(*columns, strict=True)])
-        known: dict[tuple[float, ...], tuple[float, ...]] = {}  # most blocks share their numbers with others
-        rows = []
-        for parameter, state, cut in zip(parameters, states, batch.blocks, strict=True):
-            for of in self._numbers(group, parameter, state, cut):
-                numbers = (of.rate, of.decay, of.age, of.gain)
-                if numbers not in known:
-                    known[numbers] = self._coefficients(group, of)
-                rows.append(known[numbers])
+    def _choice(self, group: Group) -> object:
+        """What the kernels and what they adapt are chosen by, beside the parameters."""
+        return bool(group["rate_adaptation"]), group.get("foreach"), self.backend
+
+    def _kernel_update(
+        self, group: Group, batch: fused.Batch, states: Sequence[State], gradients: Sequence[Tensor]
+    ) -> None:
+        moments = [self._moments(group, p, state) for p, state in zip(batch.parameters, states, strict=True)]
+        batch.bind(gradients, list(zip(*moments, strict=True)))
+        known: dict[Hashable, list[float]] = {}  # most parameters share their numbers with others
+        rows: list[float] = []
+        for at, (kind, count, state) in enumerate(zip(batch.kinds, batch.steps.values(), states, strict=True)):
+            key = kind, count, state.get("momentum_birth")
+            own = known.get(key)
+            if own is None:
+                own = known[key] = []
+                for of in self._numbers(group, batch.parameters[at], state, batch.blocks[at]):
+                    numbers = self._coefficients(group, of)
+                    own += (*numbers, *[0.0] * (fused.SCALARS - len(numbers)))
+            rows += own
         self._fused_step(group, batch, rows, batch.refresh())
         batch.finish()
-        torch._foreach_add_([state["step"] for state in states], 1)
+        batch.steps.add()
 
 
 def _checked(stage: int, options: Mapping[str, float]) -> dict[str, float]:

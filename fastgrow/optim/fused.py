@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from array import array
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
@@ -12,20 +13,22 @@ import torch
 from torch import Tensor
 
 from ..kernels import block_update_cpu
+from ..kernels.block_table import SCALARS, BlockTable
 from .blocks import Blocks
+from .entry import Steps
 
-__all__ = ["Batch", "EtaSums", "Route", "refusal"]
+__all__ = ["SCALARS", "Batch", "EtaSums", "Route", "refusal"]
 
 Route = Literal["triton", "cpu"]
 
 
 @cache
-def _triton_kernels() -> tuple[ModuleType, ModuleType] | None:
+def _triton_kernels() -> ModuleType | None:
     try:
-        from ..kernels import block_norms, block_update
+        from ..kernels import block_update
     except ImportError:
         return None
-    return block_norms, block_update
+    return block_update
 
 
 def refusal(parameter: Tensor, blocks: Blocks, route: Route) -> str | None:
@@ -36,24 +39,32 @@ def refusal(parameter: Tensor, blocks: Blocks, route: Route) -> str | None:
         reason = block_update_cpu.missing()
         if reason is not None:
             return reason
-        supported = block_update_cpu.is_supported(parameter)
+        kernels: ModuleType = block_update_cpu
     else:
-        kernels = _triton_kernels()
-        if kernels is None:
+        found = _triton_kernels()
+        if found is None:
             return "Triton is not installed"
-        if not kernels[0].runs_on(parameter.device):
+        if not found.runs_on(parameter.device):
             return f"a grown parameter lies on {parameter.device}, where Triton does not run"
-        supported = kernels[0].is_supported(parameter)
+        kernels = found
     what = f"a grown {parameter.dtype} parameter of shape {tuple(parameter.shape)}"
-    if not supported:
+    if not kernels.BlockTable.is_supported(parameter):
         return f"{what} is empty or of a dtype that its kernels do not take"
     if parameter.stride() != blocks.strides:
         return f"{what} is not dense in memory"
     return None
 
 
+def _layout(parameter: Tensor) -> tuple[object, ...]:
+    return parameter.shape, parameter.stride(), parameter.dtype, parameter.device
+
+
 class Batch:
-    """Tables on the device for a fixed list of parameters, and what one step leaves for the next."""
+    """Tables on the device for a fixed list of parameters, and what one step leaves for the next.
+
+    states: the optimizer's for each parameter; made_for: whatever else the choice of the parameters and of
+    the route went by.
+    """
 
     def __init__(
         self,
@@ -61,17 +72,13 @@ class Batch:
         blocks: Sequence[Blocks],
         adapt: Sequence[bool],
         states: Sequence[dict[str, Any]],
-        rate_adaptation: bool,
+        made_for: object,
         route: Route,
     ) -> None:
-        kernels = (block_update_cpu, block_update_cpu) if route == "cpu" else _triton_kernels()
+        kernels = block_update_cpu if route == "cpu" else _triton_kernels()
         assert kernels is not None
-        self._norms_kernel: Any
-        self._update_kernel: Any
-        self._norms_kernel, self._update_kernel = kernels
-        self._route = route
         self.parameters, self.blocks = list(parameters), list(blocks)
-        self.table = self._norms_kernel.BlockTable(
+        self.table: BlockTable = kernels.BlockTable(
             [p.detach() for p in parameters],
             [(b.rows, b.columns) for b in blocks],
             [b.counts for b in blocks],
@@ -81,9 +88,18 @@ class Batch:
         self.sums = torch.zeros_like(self.ratio)
         self.adapt = torch.tensor([int(flag) for flag in adapt], dtype=torch.int32).to(device)
         self.adapts = any(adapt)
-        self._rate_adaptation = rate_adaptation
-        self._tensors: list[Tensor] = []
-        self._stamps: list[tuple[int, int]] = []
+        self._made_for = made_for
+        self._made_of = [(p, state.get("stages"), _layout(p)) for p, state in zip(parameters, states, strict=True)]
+        self.steps = Steps(states)
+        # parameters of one kind take the same numbers at the same step
+        kinds: dict[object, int] = {}
+        self.kinds = [
+            kinds.setdefault((b.stages, *state.get("births", {}).values(), p.dim() > 1), len(kinds))
+            for p, b, state in zip(parameters, blocks, states, strict=True)
+        ]
+        self._held: list[Tensor] = []  # alive until the kernel has been launched
+        self._written: list[Tensor] = []
+        self._stamp: object = None
         self._flags: list[list[float]] = [
             state.get("waiting") or [0.0] * len(b.counts) for state, b in zip(states, blocks, strict=True)
         ]
@@ -91,14 +107,14 @@ class Batch:
         self.waiting = torch.tensor(flat, dtype=acc).to(device)
         self._unsettled = any(flat)
 
-    def holds(self, parameters: Sequence[Tensor], rate_adaptation: bool) -> bool:
-        """Whether the batch was made for these very parameters, laid out as they are now."""
-        return (
-            rate_adaptation == self._rate_adaptation
-            and len(parameters) == len(self.parameters)
-            and all(a is b for a, b in zip(parameters, self.parameters, strict=True))
-            and all(p.stride() == s for p, s in zip(parameters, self.table.strides, strict=True))
-        )
+    def holds(self, parameters: Sequence[Tensor], states: Sequence[dict[str, Any]], made_for: object) -> bool:
+        """Whether the batch was made for these very parameters, of the stages and laid out as they are now."""
+        if len(parameters) != len(self.parameters) or made_for != self._made_for:
+            return False
+        for parameter, state, (own, stages, layout) in zip(parameters, states, self._made_of, strict=True):
+            if parameter is not own or state.get("stages") is not stages or _layout(parameter) != layout:
+                return False
+        return self.steps.hold(states)
 
     def settle(self) -> None:
         """Write the kernel's flags back to the optimizer's state; waits for a GPU if any is up."""
@@ -110,70 +126,60 @@ class Batch:
 
     def bind(self, gradients: Sequence[Tensor], moments: Sequence[Sequence[Tensor]]) -> None:
         """Take this step's gradients and state; one laid out otherwise than its parameter is copied."""
-        dtype = self.table.dtype
+        dtype, strides = self.table.dtype, self.table.strides
         alike = [
-            g.detach()
-            if g.stride() == strides and g.dtype == dtype and not g.is_neg()
-            else torch.empty_like(p).copy_(g)
-            for p, g, strides in zip(self.parameters, gradients, self.table.strides, strict=True)
+            g if g.stride() == own and g.dtype == dtype and not g.is_neg() else torch.empty_like(p).copy_(g)
+            for p, g, own in zip(self.parameters, gradients, strides, strict=True)
         ]
+        self._written = [*self.parameters]
         for column in moments:
-            for parameter, tensor, strides in zip(self.parameters, column, self.table.strides, strict=True):
-                if tensor.stride() != strides or tensor.dtype != dtype:
+            for parameter, tensor, own in zip(self.parameters, column, strides, strict=True):
+                if tensor.stride() != own or tensor.dtype != dtype:
                     tensor.set_(torch.empty_like(parameter).copy_(tensor))  # type: ignore[call-overload]
-        self._columns = [self.parameters, alike, *moments]
-        self._tensors = [*self.parameters, *(tensor for column in moments for tensor in column)]
-        self.table.bind(self._columns)
+            self._written += column
+        self._held = alike
+        self.table.bind([self.parameters, alike, *moments])
 
     def measure_etas(self, scalars: Tensor, etas: Callable[[], Sequence[Tensor]], eta: EtaSums) -> None:
         """The sum of eta_t^2 over every block, of the second moments as they are; etas: these eta_t, if asked."""
-        if self._route == "cpu":
-            block_update_cpu.eta_norms(self.table, scalars, eta.partial, eta.sums)
-            return
-        tensors = etas()
-        self.table.bind([tensors])
-        self._norms_kernel.block_norms(self.table, eta.sums)
-        self.table.bind(self._columns)
+        self.table.eta_norms(scalars, eta.partial, eta.sums, etas)
 
     def refresh(self) -> bool:
         """Make the ratios those of the parameters as they are; whether the step is to leave new ones."""
-        if self.adapts and self._stamps != self._now():
-            self._norms_kernel.block_norms(self.table, self.sums, self.ratio, self.waiting, self.adapt)
+        if self.adapts and self._stamp != self._now():
+            self.table.norms(self.sums, self.ratio, self.waiting, self.adapt)
         return self.adapts
 
     def finish(self) -> None:
         """Behind the update kernel: turn its partial sums into the next step's ratios."""
         self.mark_written()
         if self.adapts:
-            self._norms_kernel.launch_finish(
-                self.table, self.table.partial, self.sums, self.ratio, self.waiting, self.adapt
-            )
-            self._stamps = self._now()
-        self._columns = []
+            self.table.finish(self.table.partial, self.sums, self.ratio, self.waiting, self.adapt)
+            self._stamp = self._now()
+        self._held = []
 
     def mark_written(self) -> None:
         """Raise the version counters of what the kernel wrote, as an in-place operation would."""
-        torch.autograd.graph.increment_version(self._tensors)
-        self._tensors = []
+        torch.autograd.graph.increment_version(self._written)
+        self._written = []
 
-    def _now(self) -> list[tuple[int, int]]:
-        return [(p._version, p.data_ptr()) for p in self.parameters]
+    def _now(self) -> object:
+        return [parameter._version for parameter in self.parameters], self.table.bound(0)
 
-    def scalars(self, rows: Sequence[Sequence[float]], common: Sequence[float]) -> Tensor:
-        """The per-block numbers and those of all blocks, as the kernels read them."""
-        width = self._update_kernel.SCALARS
-        flat = [value for row in rows for value in (*row, *[0.0] * (width - len(row)))]
-        return torch.tensor([*flat, *common], dtype=self.table.acc).to(self.table.device, non_blocking=True)
+    def scalars(self, rows: Sequence[float], common: Sequence[float]) -> Tensor:
+        """The per-block numbers, SCALARS of each, and those of all blocks, as the kernels read them."""
+        numbers = torch.frombuffer(array("d", (*rows, *common)), dtype=torch.float64)
+        return numbers.to(self.table.device, self.table.acc, non_blocking=True)
 
     def sgd(self, scalars: Tensor, **options: bool) -> None:
-        self._update_kernel.sgd(self.table, scalars, self.ratio, **options)
+        self.table.sgd(scalars, self.ratio, **options)
 
     def adam(self, scalars: Tensor, **options: bool) -> None:
-        self._update_kernel.adam(self.table, scalars, self.ratio, **options)
+        self.table.adam(scalars, self.ratio, **options)
 
     def avagrad(self, scalars: Tensor, eta: EtaSums, **options: bool) -> None:
-        self._update_kernel.avagrad(self.table, scalars, self.ratio * eta.normalisers(), eta.partial, **options)
-        self._norms_kernel.launch_finish(self.table, eta.partial, eta.sums)
+        self.table.avagrad(scalars, self.ratio * eta.normalisers(), eta.partial, **options)
+        self.table.finish(eta.partial, eta.sums)
 
 
 class EtaSums:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from torch.optim.sgd import sgd
 from . import fused
 from .base import Backend, GrowingOptimizer, State
 from .blocks import Blocks
-from .entry import BlockNumbers, Entry, unwrap
+from .entry import BlockNumbers, Entry, Steps, unwrap
 
 __all__ = ["SGD"]
 
@@ -65,6 +66,10 @@ class SGD(GrowingOptimizer, torch.optim.SGD):
         )
         self._start(rate_adaptation, output_scale, stage_options, backend, reset_momentum=reset_momentum)
 
+    def _reset(self) -> None:
+        super()._reset()
+        self._steps: dict[int, Steps] = {}
+
     def grown(self, parameter: Tensor, stages: Mapping[int, Tensor]) -> None:
         super().grown(parameter, stages)
         for group in self.param_groups:
@@ -74,11 +79,12 @@ class SGD(GrowingOptimizer, torch.optim.SGD):
 
     grown.__doc__ = GrowingOptimizer.grown.__doc__
 
-    def _is_blocked(self, group: dict[str, Any], parameter: Tensor) -> bool:
-        scaled = parameter.dim() > 1 and (group["rate_adaptation"] or group["output_scale"] != 1)
-        # otherwise all blocks take the same step, and torch's does for grown parameters too
-        differs = scaled or group["stage_options"] or (group["momentum"] != 0 and group["dampening"] != 0)
-        return bool(differs) and super()._is_blocked(group, parameter)
+    def _blocked_from(self, group: dict[str, Any]) -> tuple[float, float]:
+        _, others = super()._blocked_from(group)
+        if group["stage_options"] or (group["momentum"] != 0 and group["dampening"] != 0):
+            return 0, others
+        # otherwise all blocks of a vector take the same step, and torch's does for grown parameters too
+        return 2 if group["rate_adaptation"] or group["output_scale"] != 1 else math.inf, others
 
     def _plain_update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         params: list[Tensor] = []
@@ -104,9 +110,12 @@ class SGD(GrowingOptimizer, torch.optim.SGD):
         if group["momentum"] != 0:
             for parameter, buffer in zip(params, buffers, strict=True):
                 self.state[parameter]["momentum_buffer"] = buffer
-        counts = [state["step"] for state in map(self.state.get, params) if state and "stages" in state]
-        if counts:
-            torch._foreach_add_(counts, 1)
+        states = [state for state in map(self.state.get, params) if state and "stages" in state]
+        if states:
+            steps = self._steps.get(id(group))
+            if steps is None or not steps.hold(states):
+                steps = self._steps[id(group)] = Steps(states)
+            steps.add()
 
     def _moments(self, group: dict[str, Any], parameter: Tensor, state: State) -> list[Tensor]:
         if group["momentum"] == 0:
@@ -165,9 +174,7 @@ class SGD(GrowingOptimizer, torch.optim.SGD):
             if isinstance(part.columns, Tensor):
                 part.put(pieces[0], value)
 
-    def _fused_step(
-        self, group: dict[str, Any], batch: fused.Batch, rows: Sequence[Sequence[float]], norms: bool
-    ) -> None:
+    def _fused_step(self, group: dict[str, Any], batch: fused.Batch, rows: Sequence[float], norms: bool) -> None:
         momentum = float(unwrap(group["momentum"]))
         batch.sgd(
             batch.scalars(rows, (momentum, 0.0, 0.0, 0.0)),
