@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["OnGpu", "a_gpu", "bare", "moved"]
+__all__ = ["OnGpu", "a_gpu", "bare", "moved", "waits_so_far"]
 
 _GPU, _CPU = torch.device("cuda", 0), torch.device("cpu")
 _TAKES_BOTH = ("copy_", "index", "index_put", "index_put_", "_index_put_impl_")
@@ -46,6 +46,12 @@ class OnGpu(Tensor):
 
     def untyped_storage(self) -> Any:
         return self.held.untyped_storage()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        if id(self) not in memo:
+            copied: Tensor = OnGpu(self.held.detach().clone())
+            memo[id(self)] = nn.Parameter(copied, self.requires_grad) if isinstance(self, nn.Parameter) else copied
+        return memo[id(self)]  # type: ignore[no-any-return]
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"OnGpu({self.held!r})"
@@ -165,6 +171,11 @@ class _Machine(TorchFunctionMode):
                 self.wait("to the host")
             x = _moved(x).clone()
         return Tensor.to(x, *left, **kwargs) if name == "to" and (left or kwargs) else x
+
+
+def waits_so_far() -> int:
+    """How often the host has waited for the pretended GPU since it came."""
+    return len(_Machine.waits)
 
 
 @contextmanager
