@@ -173,9 +173,13 @@ class Grower:
         return refused
 
     def _offered(self) -> Sites:
-        """The sites, with the multiples in which the method grows them at their present widths."""
-        widths = self.sites.widths(self.model)
-        items = [replace(site, multiple=self.how.multiple(site, widths[site.name])) for site in self.sites]
+        """The sites, with the multiples and the bounds in which the method grows them at their present widths."""
+        how, widths = self.how, self.sites.widths(self.model)
+        items = [
+            replace(site, multiple=how.multiple(site, width), at_once=how.at_once(site, width))
+            for site in self.sites
+            for width in (widths[site.name],)
+        ]
         return replace(self.sites, items=tuple(items))
 
     def _wishes(self) -> dict[str, int]:

@@ -127,6 +127,26 @@ def test_full_firefly_keeps_the_best_candidates() -> None:
     assert _loss(model, x, y).item() < before
 
 
+def test_a_policy_asks_for_no_more_splits_than_there_are_units() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 4))
+    x, y = torch.randn(20, 3), torch.randn(20, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    grower = fg.Grower(
+        model,
+        optimizer,
+        example_inputs=x,
+        when=fg.when.Every(1, times=2),
+        where=fg.where.RoundRobin(5),
+        how=fg.how.Splitting(rounds=2),
+    )
+    for _ in range(2):
+        with grower.observe():
+            _loss(model, x, y).backward()
+        grower.step()
+    assert [report.sites[0].new_width for report in grower.history] == [4, 8]
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize(

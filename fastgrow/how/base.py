@@ -51,6 +51,10 @@ class How:
         """The units that come together where this method grows a site of this width."""
         return site_multiple(site, width)
 
+    def at_once(self, site: Site, width: int) -> int | None:
+        """The most units that this method can add to a site of this width in one growth; None: any number."""
+        return None
+
     def rank(self, site: Site, units: int) -> int:
         """Directions wanted for so many units; 0 where none are needed."""
         return units // site.step if self.needs_directions else 0

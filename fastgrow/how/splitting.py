@@ -130,6 +130,9 @@ class Splitting(How):
 
         return product
 
+    def at_once(self, site: Site, width: int) -> int:
+        return width
+
     def start(self, newborns: Newborns) -> Start:
         site, found, steps = newborns.site, newborns.directions, newborns.steps
         assert isinstance(found, Splits)

@@ -142,6 +142,7 @@ class Site:
     activations: tuple[Activation, ...] = ()
     norms: tuple[Norm, ...] = ()
     middle: tuple[str, ...] = ()  # nodes of the exported graph that carry the units, in order
+    at_once: int | None = None  # the most units that one growth can add, where a method sets a bound
 
     @property
     def layers(self) -> tuple[str, ...]:

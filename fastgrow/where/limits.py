@@ -116,7 +116,7 @@ class Limits:
         if wish <= 0:
             return 0
         first, further = self.step(site, width)
-        ceilings = [self.max_new, self.budget.get("units")]
+        ceilings = [self.max_new, self.budget.get("units"), site.at_once]
         widest = of_site(self.max_width, site.name)
         if widest is not None:
             ceilings.append(widest - width)
