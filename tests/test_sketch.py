@@ -233,7 +233,8 @@ def test_two_forward_passes_before_one_backward() -> None:
         results.append(seen)
     assert results[0].nagn == pytest.approx(results[1].nagn)
     for name, found in results[0].directions(1).items():
-        overlap = float((found.left * results[1].directions(1)[name].left).sum())
+        # Two estimates may differ in which entry is the largest, which is made positive.
+        overlap = abs(float((found.left * results[1].directions(1)[name].left).sum()))
         assert overlap > 0.9, name
 
 
