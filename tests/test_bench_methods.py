@@ -72,11 +72,14 @@ def test_seeds_and_order_are_those_of_every_other_cell(plan: Plan) -> None:
 
 
 def test_what_does_not_fit_is_told_in_the_librarys_words(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(WHERES, "RoundRobin", lambda **limits: fg.where.RoundRobin(8, **limits))
-    bench = Bench("mlp", plan, quick=True)
-    cell = bench.cell("Splitting", "RoundRobin")  # 8 units of a layer that has 6 to split
+    class Refusing(fg.how.Random):
+        def start(self, newborns: fg.how.Newborns) -> fg.how.Start:
+            raise fg.GrowthError(f"site {newborns.site.name!r}: never")
+
+    monkeypatch.setitem(HOWS, "Random", Refusing)
+    cell = Bench("mlp", plan, quick=True).cell("Random", "RoundRobin")
     assert cell.runs == []
-    assert "split at most once" in (cell.refused or "")
+    assert "never" in (cell.refused or "")
     assert "refused: site" in line(cell)
 
 
