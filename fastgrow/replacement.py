@@ -33,6 +33,7 @@ Undo = list[Callable[[], None]]
 """What takes a transaction back, last entry first; each does no harm where its deed was not done."""
 
 _WORTH = 1 << 16  # bytes; below, letting go takes longer than it is worth
+_COUNTED = hasattr(Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")  # private: torch may drop them
 
 
 @dataclass(eq=False)
@@ -86,7 +87,7 @@ class Replacement:
 
     def release(self, undo: Undo) -> None:
         """Let go of the old tensor's memory, where nobody else can read it and the new tensor holds the values."""
-        if self.rewritten or not _owns_memory(self.old) or not self.enlargement.keeps_all:
+        if not _COUNTED or self.rewritten or not _owns_memory(self.old) or not self.enlargement.keeps_all:
             return
         if _read_elsewhere(self.holder, self.key):
             return
