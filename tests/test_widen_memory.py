@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_widen_refusals import Told, grow_all, prepared
+from test_widen_refusals import Told
 from test_widen_refusals import test_an_interruption_anywhere_changes_everything_or_nothing as interrupted
+from test_widen_refusals import test_an_optimizer_that_refuses_undoes_the_growth as refused
 from torch import Tensor, nn
 from torch.nn import functional as F
 from widen_cases import MIDDLE, Net, Twin, everything, net_attributes, net_edits, step
@@ -126,13 +127,7 @@ def test_memory_that_runs_out_anywhere_leaves_everything_as_it_was(
 
 @pytest.mark.usefixtures("every_tensor_counts")
 def test_a_refusal_after_the_last_tensor_gives_all_of_them_back() -> None:
-    net, optimizer, average = prepared()
-    optimizer.refuse = True
-    before = everything(net, optimizer, average)
-    with pytest.raises(RuntimeError, match="not now"):
-        grow_all(net, optimizer, average)
-    assert sorted(map(str, everything(net, optimizer, average))) == sorted(map(str, before))
-    step(net, optimizer)
+    refused()
 
 
 @pytest.mark.usefixtures("every_tensor_counts")

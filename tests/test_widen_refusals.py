@@ -176,6 +176,7 @@ def test_an_optimizer_that_refuses_undoes_the_growth() -> None:
         grow_all(net, optimizer, average)
     after = everything(net, optimizer, average)
     assert sorted(map(str, after)) == sorted(map(str, before))
+    step(net, optimizer)
     optimizer.refuse = False
     grow_all(net, optimizer, average)
     step(net, optimizer)
