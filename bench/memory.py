@@ -12,7 +12,7 @@ import fastgrow as fg
 
 from .growth import Trained, armed, naive_step, prepared, step
 from .measure import peak_bytes
-from .models import cases
+from .models import Case, cases
 from .rows import Row, Settings
 
 __all__ = ["run"]
@@ -28,12 +28,25 @@ def run(settings: Settings) -> Iterator[Row]:
             growing = _peak(partial(armed, case, model, sites, fraction), step, settings)
             shape = f"{case.name}, {len(sites)} sites, {label}"
             yield settings.row("peak memory", shape, "training step", peak=growing, baseline_peak=training)
+            training, growing = (
+                _peak(partial(_grown_once, case, model, sites, fraction, more), step, settings) for more in (1, 2)
+            )
+            shape = f"{shape}, second growth"
+            yield settings.row("peak memory", shape, "training step", peak=growing, baseline_peak=training)
         if case.naive and settings.cuda:  # on a CPU its SVDs would take the whole run
             units = {name: max(1, width // 16) for name, width in sites.widths(model).items()}
             growing = _peak(partial(armed, case, model, sites, 1 / 16), step, settings)
             theirs = _peak(partial(prepared, case, model, sites, 1 / 16), partial(naive_step, units=units), settings)
             shape = f"{case.name}, {len(sites)} sites, n/16"
             yield settings.row("peak memory", shape, "naive", peak=growing, baseline_peak=theirs)
+
+
+def _grown_once(case: Case, model: nn.Module, sites: fg.Sites, fraction: float, more: int) -> Trained:
+    """So many steps after the first growth, which solved at the end of its block: the third will grow again."""
+    trained = armed(case, model, sites, fraction)
+    for _ in range(1 + more):
+        step(trained)
+    return trained
 
 
 def _peak(make: Callable[[], Trained], run: Callable[[Trained], object], settings: Settings) -> int:

@@ -319,7 +319,7 @@ def wanted_units(model: nn.Module, sites: Sites, units: Mapping[str, int], how: 
 def observe_closure(model: nn.Module, watching: observe, closure: Callable[[], Tensor]) -> Observation:
     """One call of the closure under an observer; nothing of the model changes."""
     with preserved(model), torch.enable_grad(), watching as seen, together(replicas_of(model)):
-        seen.backward(checked_loss(closure))
+        seen.backward(checked_loss(closure), last=True)
     return seen
 
 

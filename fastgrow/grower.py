@@ -66,7 +66,9 @@ class Grower:
     growth that is foreseen earlier, and one batch where a `closure` measures. every: they lie so many steps apart,
     counted back from the growth, whose own step is measured whatever `every` is; norms and growth matrices are the
     means over the measured steps. growth: "exact" keeps the tensors of all of them until it solves, "sketch" none
-    (`observe`: approximate, for many batches).
+    (`observe`: approximate, for many batches). On a CPU a loop that was seen to make one backward pass a measurement is
+    taken to do so again: later ones solve each site inside it and keep nothing to its end; where another pass comes
+    after all, the next step is measured anew, and grows.
     loss_reduction, loss_scale: as in `observe` (loss_scale: the GradScaler, where there is one).
     measure_gain: every report carries the decrease of the loss that the new units' first step brings, beside the
     predicted one (`GrowthReport.measured_gain`); growth then needs ``step(closure=...)``, and takes 3 calls of the
@@ -143,6 +145,8 @@ class Grower:
         self._asked = 0  # the last step that `when` was asked about
         self._seen: Observation | None = None
         self._watching: Observer | None = None
+        self._one_pass = False  # whether the last measurement was of one backward pass: so may the next be
+        self._spoiled = False  # it was not, and sites had been solved: they are measured anew
         self._ranks: ActivationRanks | None = None
         self._blocks = self._wanted = 0  # seen since the measurement began, and how many it lasts
         self._for_gain = False
@@ -240,17 +244,18 @@ class Grower:
             return
         started = 0.0
         try:
-            with watching.block(last) as seen, self._watching_ranks():
+            with watching.block(last, alone=self._one_pass and self._wanted == 1) as seen, self._watching_ranks():
                 yield
                 started = time.perf_counter()
         except BaseException:
             self._watching = None
             raise
         if last:
-            self._observe_seconds = time.perf_counter() - started
+            self._observe_seconds = time.perf_counter() - started + watching.seconds_inside
             self._watching = None
             self.dropped += seen.dropped
-            if seen.samples:
+            self._one_pass, self._spoiled = watching.one_pass, watching.spoiled
+            if seen.samples and not self._spoiled:
                 self._seen = seen
                 if self._for_gain:
                     self._arm_now(self._agreed(self.when.gain(self._gains(seen))))
@@ -352,6 +357,7 @@ class Grower:
     def _tell_unseen(self) -> None:
         """Warns, once, of a growth that waits for a measurement which nobody makes."""
         waiting = self._due and self._due[0] <= self.steps and self._watching is None
+        waiting = waiting and not self._spoiled
         if waiting and self.dropped == self._dropped_before and not self._told:
             self._told = True
             warnings.warn(

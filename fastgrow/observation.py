@@ -26,7 +26,7 @@ class Observation:
     """
 
     def __init__(
-        self, sites: Sites, norms: NormSums, places: frozenset[str], edges: Callable[[], Sequence[Any]]
+        self, sites: Sites, norms: NormSums, places: frozenset[str], edges: Callable[[bool], Sequence[Any]]
     ) -> None:
         self.sites = sites
         self._norms = norms
@@ -126,16 +126,20 @@ class Observation:
             raise GrowthError(f"site {name!r}: {solver} was not solved; observe with the growth method that is used")
         return _first(self._solved[solver][name], k)
 
-    def backward(self, loss: Tensor) -> None:
-        """Backpropagate to the observed outputs alone: no ``.grad`` is touched, no weight gradient computed."""
-        edges = self._edges()
+    def backward(self, loss: Tensor, last: bool = False) -> None:
+        """Backpropagate to the observed outputs alone: no ``.grad`` is touched, no weight gradient computed.
+
+        last: no other backward pass comes in this block, before or after. On a CPU a site's directions are then found
+        inside this one, once its last gradient has arrived, and its tensors let go: less memory, the same directions.
+        """
+        edges = self._edges(last)
         if not edges:
             raise GrowthError(
                 "the loss was computed without calling any observed layer of the model, or none of them needs a "
                 "gradient (requires_grad=False up to their outputs)"
             )
         try:
-            torch.autograd.grad(loss, edges, allow_unused=True)
+            torch.autograd.grad(loss, _outermost(edges), allow_unused=True)
         except RuntimeError as error:
             if "backward through the graph a second time" in str(error):
                 raise GrowthError(
@@ -147,6 +151,28 @@ class Observation:
                 "the model checkpoints activations with use_reentrant=True, which cannot backpropagate to chosen "
                 "tensors; use use_reentrant=False, or observe your own backward pass and give seen="
             ) from error
+
+
+def _outermost(edges: Sequence[Any]) -> list[Any]:
+    """Those behind which lies no other: a backward pass meets all on its way there, and holds what it ends at."""
+    before: dict[Any, list[Any]] = {}  # node -> the nodes that hand it a gradient
+    found = {edge.node for edge in edges}
+    ahead, seen = list(found), set(found)
+    while ahead:
+        node = ahead.pop()
+        for after, _ in node.next_functions:
+            if after is not None:
+                before.setdefault(after, []).append(node)
+                if after not in seen:
+                    seen.add(after)
+                    ahead.append(after)
+    passed: set[Any] = set()
+    ahead = list(found)
+    while ahead:
+        fresh = [node for node in before.get(ahead.pop(), ()) if node not in passed]
+        passed.update(fresh)
+        ahead += fresh
+    return [edge for edge in edges if edge.node not in passed]
 
 
 def _first(found: Directions, k: int) -> Directions:

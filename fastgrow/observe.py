@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
 
@@ -23,15 +21,16 @@ from .growth_map import check_mapped
 from .names import find_module, find_tensor, modules_in
 from .nn import attention_opened
 from .observation import Observation
-from .readings import NormSums, Readings
+from .readings import NormSums
 from .replay import Capture
 from .riding import carried_sum, carry, riding
 from .room import check_told_apart, has_room, live_directions, live_shares
-from .site_sketching import Pieces, SiteSketches, check_version
+from .site_sketching import Pieces, SiteSketches
 from .site_solving import SiteSolving
 from .site_view import Solver
 from .sites import Sites, argument_paths, unwrap
 from .solve import Directions
+from .target_solving import Batch, TargetSolving, pooled
 
 __all__ = ["observe"]
 
@@ -43,32 +42,6 @@ _PLACES: dict[bool | str, frozenset[str]] = {
     "own": frozenset({"own"}),
     "after_norm": frozenset({"norm"}),
 }
-
-
-@dataclass
-class _Batch:
-    capture: Capture = field(default_factory=Capture)
-    readings: Readings = field(default_factory=Readings)
-    pieces: Pieces = field(default_factory=Pieces)
-    calls: dict[str, int] = field(default_factory=dict)
-    edges: list[Any] = field(default_factory=list)
-    unless_norm: dict[str, list[torch.utils.hooks.RemovableHandle]] = field(default_factory=dict)
-    closed: bool = False
-    backward: int = -1  # the number of the backward pass that reached it
-    differentiable: set[tuple[str, int]] = field(default_factory=set)  # calls whose gradients came with create_graph
-
-    @property
-    def reached(self) -> bool:
-        """Whether a backward pass went through it."""
-        return bool(self.readings.totals)
-
-
-def _pooled(batches: Sequence[_Batch]) -> list[int]:
-    """For each batch the samples of all forward passes that its backward pass went through: they share one loss."""
-    counts: Counter[int] = Counter()
-    for batch in batches:
-        counts[batch.backward] += batch.capture.samples
-    return [counts[batch.backward] for batch in batches]
 
 
 def _targets(sites: Sites, growth: bool | str | Sequence[str], rank: int | Mapping[str, int]) -> list[str]:
@@ -145,11 +118,9 @@ class observe:
         self.sites = sites
         self._norms = NormSums(loss_reduction == "mean", scaled)
         self._places = _PLACES[choice("observe", "nagn", nagn, tuple(_PLACES))]
-        self._batches: list[_Batch] = []
-        self.seen = Observation(
-            sites, self._norms, self._places, lambda: [edge for batch in self._batches for edge in batch.edges]
-        )
-        self._replicas = replicas_of(model)
+        self._batches: list[Batch] = []
+        self.seen = Observation(sites, self._norms, self._places, self._last_edges)
+        self._replicas = replicas = replicas_of(model)
         names = _targets(sites, growth, rank)
         self._targets = [sites[name] for name in names]
         self._shares: dict[str, tuple[int, int]] = {}
@@ -161,27 +132,29 @@ class observe:
         self._rank = {name: whole(f"site {name!r}", "rank", ranks.get(name)) for name in names}
         self._nagn = bool(nagn)
         self._scale = loss_scale
-        self._bias = bias
-        self._signed = dict(signed or {})
-        self._solvers = dict(solvers or {})
-        self._unmapped = frozenset(unmapped)
+        solvers, signed = dict(solvers or {}), dict(signed or {})
         for site in self._targets:
-            if site.name not in self._unmapped:
+            if site.name not in unmapped:
                 check_mapped(site)
         self._sketches: SiteSketches | None = None
         if growth == "sketch":
-            if self._solvers:
+            if solvers:
                 raise GrowthError(
-                    f"{', '.join(self._solvers)} reads the tensors of every batch, which a sketch does not keep: use "
-                    "growth=True"
+                    f"{', '.join(solvers)} reads every batch's tensors, which a sketch does not keep: use growth=True"
                 )
-            self._sketches = SiteSketches(
-                self.model, sites, self._targets, self._rank, bias, self._signed, self._replicas
-            )
+            self._sketches = SiteSketches(self.model, sites, self._targets, self._rank, bias, signed, replicas)
+        solving = SiteSolving(self.model, sites, self._rank, bias, signed, replicas)
+        self._solving = TargetSolving(solving, self._targets, solvers, frozenset(unmapped))
         self._streams = self._sketches is not None or not names  # nothing of a batch is kept once it is over
+        # Solved inside the backward pass: on a CPU, which solves one site at a time anyway; a GPU is waited for by
+        # all of them at once, ranks meet at the end, and a scaler's batch may turn out to have overflowed.
+        self._alone = False
+        self._may_hurry = bool(names) and not self._streams and self._replicas is None and not scaled
+        self._passes: set[int] = set()  # the numbers of the backward passes seen
+        self.spoiled = False  # another one came after sites had been solved in the only one that was expected
         self._multiplying = False
         self._watching = False
-        self._calls: list[tuple[_Batch, FlatTexts | None]] = []  # forward passes under way
+        self._calls: list[tuple[Batch, FlatTexts | None]] = []  # forward passes under way
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._stack = contextlib.ExitStack()
 
@@ -208,11 +181,13 @@ class observe:
             batch.edges.clear()
             batch.capture = Capture()  # hooks on tensors hold the batch as long as a loss holds its graph
         self._batches.clear()
+        self._solving.reset()
 
     @contextlib.contextmanager
-    def block(self, last: bool) -> Iterator[Observation]:
+    def block(self, last: bool, alone: bool = False) -> Iterator[Observation]:
         """One of several blocks that belong together (micro-batches, or the steps of a sketch); solved when the last
-        one ends."""
+        one ends. alone: it is the only block, and one backward pass is expected inside it: sites are solved there."""
+        self._alone = alone and self._may_hurry
         try:
             try:
                 self._install()
@@ -228,6 +203,21 @@ class observe:
             raise
         if last:
             self._forget()
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether a single backward pass brought all that was seen."""
+        return len(self._passes) == 1
+
+    @property
+    def seconds_inside(self) -> float:
+        """What solving took inside backward passes."""
+        return self._solving.seconds
+
+    def _last_edges(self, last: bool) -> list[Any]:
+        """What `Observation.backward` ends at."""
+        self._alone = last and self._may_hurry
+        return [edge for batch in self._batches for edge in batch.edges]
 
     # -- hooks ----------------------------------------------------------------------------------------
 
@@ -296,12 +286,12 @@ class observe:
         if output is not None and (bags := texts.samples) is not None:  # no output: the forward pass raised
             batch.capture.samples, batch.capture.flat = bags, True
 
-    def _new_batch(self) -> _Batch:
-        batch = _Batch(pieces=Pieces() if self._sketches is None else self._sketches.begin())
+    def _new_batch(self) -> Batch:
+        batch = Batch(pieces=Pieces() if self._sketches is None else self._sketches.begin())
         self._batches.append(batch)
         return batch
 
-    def _batch(self, output: Tensor) -> _Batch:
+    def _batch(self, output: Tensor) -> Batch:
         if not self._batches:  # a part of the model was called on its own
             batch = self._new_batch()
             batch.capture.samples = output.shape[0] if output.dim() else 1
@@ -353,6 +343,8 @@ class observe:
                         "observed, take Hessian products behind the block, or use a method that reads no gradients"
                     )
                 batch.capture.gradients[key] = gradient if kept is None else kept + gradient
+                if self._alone and self.one_pass and gradient.is_cpu and not torch.is_grad_enabled():
+                    self._solving.arrived(name, self._batches)
             elif self._sketches.wants("gradient", key):
                 batch.capture.gradients[key] = gradient
                 self._arrived(batch, "gradient", key)
@@ -363,7 +355,7 @@ class observe:
                 batch.unless_norm.setdefault(name, []).append(handle)
         batch.edges.append(torch.autograd.graph.get_gradient_edge(output))
 
-    def _arrived(self, batch: _Batch, kind: str, key: tuple[str, int]) -> None:
+    def _arrived(self, batch: Batch, kind: str, key: tuple[str, int]) -> None:
         assert self._sketches is not None
         self._multiplying = True
         try:
@@ -385,16 +377,16 @@ class observe:
 
         return watch
 
-    def _measure(self, batch: _Batch, place: str, name: str, number: int, gradient: Tensor) -> None:
+    def _measure(self, batch: Batch, place: str, name: str, number: int, gradient: Tensor) -> None:
         if batch.closed:
             raise GrowthError(
                 f"layer {name!r}: its gradient came after the next forward pass had begun and the batch was over; call "
                 "backward before the next forward pass, or observe with growth=True"
             )
-        readings = batch.readings
+        readings, backward = batch.readings, torch._C._current_graph_task_id()
+        self._passes.add(backward)
         if readings.scale is None:
-            readings.scale = self._loss_scale(gradient)
-            batch.backward = torch._C._current_graph_task_id()
+            readings.scale, batch.backward = self._loss_scale(gradient), backward
         total = carried_sum(gradient)
         if total is None and place == "check":  # finite or not: no digit of it is used
             wide = torch.promote_types(gradient.dtype, torch.float32)
@@ -425,13 +417,13 @@ class observe:
         for batch in self._batches[:count]:
             batch.closed = True
             batch.edges.clear()  # each of them holds the graph that holds the batch
-        for batch, pooled in zip(reached, _pooled(reached), strict=True):
+        for batch, shared in zip(reached, pooled(reached), strict=True):
             read = self._norms.put(batch.readings, batch.capture.samples)
             if self._sketches is not None:
                 self._sketches.check_complete(batch.pieces)
                 n, scale = batch.capture.samples, batch.readings.scale
                 assert scale is not None
-                weight = (pooled if self._norms.mean else 1) / scale
+                weight = (shared if self._norms.mean else 1) / scale
                 self._sketches.add(batch.pieces, weight, n, torch.isfinite(read).all())
         del self._batches[:count]
         if self._sketches is not None:
@@ -458,7 +450,8 @@ class observe:
         if self._replicas is not None:
             for totals in (self._norms.own, self._norms.after):
                 self._sum_norms(totals)
-        if not self._norms.samples:
+        self.spoiled = self._solving.begun and not self.one_pass
+        if not self._norms.samples or self.spoiled:
             return
         if self._sketches is not None:
             found = self._sketches.directions(self._norms.mean, self._norms.samples)
@@ -483,23 +476,16 @@ class observe:
         summed = self._replicas.sum(torch.tensor([values, called], dtype=torch.float64)).tolist()
         totals.update({name: value for name, value, count in zip(names, *summed, strict=True) if count})
 
-    def _solve(self, batches: list[_Batch]) -> None:
+    def _solve(self, batches: list[Batch]) -> None:
         total = self._norms.samples
         weights = [
-            (pooled / total if self._norms.mean else 1.0) / float(batch.readings.scale or 1.0)
-            for batch, pooled in zip(batches, _pooled(batches), strict=True)
+            (shared / total if self._norms.mean else 1.0) / float(batch.readings.scale or 1.0)
+            for batch, shared in zip(batches, pooled(batches), strict=True)
         ]
         with together(self._replicas):
-            for batch in batches:
-                for (name, number), version in batch.pieces.versions.items():
-                    check_version(name, batch.capture.inputs[name, number], version)
-        solving = SiteSolving(self.model, self.sites, self._rank, self._bias, self._signed, self._replicas)
-        captures = [batch.capture for batch in batches]
-        mapped = [site for site in self._targets if site.name not in self._unmapped]
-        found = solving.directions(mapped, captures, weights)
-        self.seen.hold(self._live(found), self._rank)
-        for label, solver in self._solvers.items():
-            found = solving.by(solver, self._targets, captures, weights)
+            directions, solutions = self._solving.finish(batches, weights)
+        self.seen.hold(self._live(directions), self._rank)
+        for label, found in solutions.items():
             self.seen.hold_solution(label, self._live(found))
 
     def _live(self, found: dict[str, Directions]) -> dict[str, Directions]:

@@ -81,6 +81,10 @@ class SiteSolving:
             if not has_blocks(site) or (parts and not site.gates)
         }
 
+    def forget(self) -> None:
+        """Let go of the maps, which hold the tensors that they multiply."""
+        self._maps.clear()
+
     def _view(
         self, site: Site, captures: Sequence[Capture], weights: Sequence[float], known: LinearMap | None = None
     ) -> SiteView:
