@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from .cores import fixed_signs
+from .cores import fixed_signs, svd
 from .errors import GrowthError
-from .foresight import foreseen
+from .foresight import FORESEEN_FROM, foreseen
 from .growth_map import stacked_pairs
 from .layout import restricted_size
 from .members import Channels, Side
@@ -166,10 +166,10 @@ class _Maps:
         return grown
 
     def _captured(self, ritz: Tensor, values: Tensor, room: int) -> float:
-        """The least captured norm of all problems, as it is foreseen; 0 before two rounds."""
+        """The least captured norm of all problems, as it is foreseen; 0 before there is enough to foresee it from."""
         if room == 0:
             return 1.0
-        if ritz.shape[-1] < 2 * self.block:
+        if ritz.shape[-1] < FORESEEN_FROM * self.block:
             return 0.0
         total = values.clamp(min=0).sum(-1)
         reach = torch.maximum(foreseen(ritz, self.block, values.shape[-1], room), total)
@@ -265,7 +265,7 @@ def _of_members(pairs: Sequence[StackedPair], units: int, name: str) -> tuple[Te
             # float64 holds the squares of what float32 tells apart
             left = torch.linalg.eigh(wide @ wide.mT).eigenvectors[..., -rank:].flip(-1)
         else:
-            left = torch.linalg.svd(wide, full_matrices=False).U[..., :rank]
+            left = svd(wide)[0][..., :rank]
         left = left * fixed_signs(left)
         pulled = wide.mT @ left
         values = torch.linalg.vector_norm(pulled, dim=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["fixed_signs", "svd_of_cores", "to_host"]
+__all__ = ["fixed_signs", "svd", "svd_of_cores", "to_host"]
 
 
 def fixed_signs(left: Tensor) -> Tensor:
@@ -26,6 +26,45 @@ def to_host(tensors: list[Tensor]) -> list[Tensor]:
     return result
 
 
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """left (..., m, r), values (..., r), right (..., n, r) with r = min(m, n), of one matrix or a batch.
+
+    Divide and conquer may not converge where many values are nearly equal. Then that of the transpose is tried, and
+    last the eigenvectors of the Gram matrix in float64, which always do: values below 1e-8 of the largest are lost.
+    The others of a batch are decomposed as ever.
+    """
+    try:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        return left, values, right.mT
+    except torch.linalg.LinAlgError:
+        if matrix.dim() > 2:
+            parts = [svd(member) for member in matrix.flatten(end_dim=-3)]
+            left, values, right = (torch.stack(each) for each in zip(*parts, strict=True))
+            batch = matrix.shape[:-2]
+            return left.unflatten(0, batch), values.unflatten(0, batch), right.unflatten(0, batch)
+    try:
+        right, values, left = torch.linalg.svd(matrix.mT, full_matrices=False)
+        return left.mT, values, right
+    except torch.linalg.LinAlgError:
+        pass
+    if matrix.shape[0] > matrix.shape[1]:
+        right, values, left = _svd_by_gram(matrix.mT)
+        return left, values, right
+    return _svd_by_gram(matrix)
+
+
+def _svd_by_gram(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`svd` of (m, n), m <= n, by ``M M^T``."""
+    wide = matrix.double()
+    size = wide.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+    wide = wide / size
+    left = torch.linalg.eigh(wide @ wide.mT).eigenvectors.flip(-1)
+    right, triangle = torch.linalg.qr(wide.mT @ left)  # the images are orthogonal, but for rounding
+    values = triangle.diagonal()
+    right = right * torch.ones_like(values).copysign(values)
+    return left.to(matrix.dtype), (values.abs() * size).to(matrix.dtype), right.to(matrix.dtype)
+
+
 def svd_of_cores(cores: list[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
     """left, values, right of square float64 cores, by one batched SVD per padded size.
 
@@ -44,9 +83,8 @@ def svd_of_cores(cores: list[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
             true = core.shape[0]
             slot[:true, :true] = core
             slot.diagonal()[true:] = 2 * torch.linalg.vector_norm(core) + 1e-300
-        u, s, vh = torch.linalg.svd(batch)
-        for slot_u, slot_s, slot_vh, i in zip(u, s, vh, members, strict=True):
+        for left, values, right, i in zip(*svd(batch), members, strict=True):
             true = cores[i].shape[0]
             extra = size - true
-            result[i] = slot_u[:true, extra:], slot_s[extra:], slot_vh.mT[:true, extra:]
+            result[i] = left[:true, extra:], values[extra:], right[:true, extra:]
     return result

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .autocast import in_present_autocast
 from .distributed import replicas_of, together
 from .errors import GrowthError
 from .growth_report import GrowthReport
@@ -69,7 +70,7 @@ class GainMeter:
         self.model = model
         self.sites = sites
         self.rate = float(optimizers[0].param_groups[0]["lr"])
-        self._closure = closure
+        self._closure = in_present_autocast(closure)
         self._sizes = sites.sizes(model)
         self._before = self._loss()
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import as_list, copies_of, instance
+from .autocast import in_present_autocast, without_autocast
 from .cores import to_host
 from .cuda_graphs import check_not_captured
 from .distributed import Replicas, replicas_of, together
@@ -122,10 +123,12 @@ def grow_observed(
     if how.rewrites:  # in forward order, so that each site sees the fan-in it will have
         wanted = {site.name: wanted[site.name] for site in sites if site.name in wanted}
     before = sites.widths(model)
-    if wrapped_modules(model):
-        starts, swapped = _grown_by_site(model, sites, wanted, how, seen, optimizers, also)
-    else:
-        starts, swapped = _grown_together(model, sites, wanted, how, seen, optimizers, also, closure, round_to)
+    closure = closure and in_present_autocast(closure)
+    with without_autocast():
+        if wrapped_modules(model):
+            starts, swapped = _grown_by_site(model, sites, wanted, how, seen, optimizers, also)
+        else:
+            starts, swapped = _grown_together(model, sites, wanted, how, seen, optimizers, also, closure, round_to)
     how.settle(model, optimizers)
     follow_configs(unwrap(model))
     gains = _predicted_gains(starts, optimizers)
@@ -318,7 +321,8 @@ def wanted_units(model: nn.Module, sites: Sites, units: Mapping[str, int], how: 
 
 def observe_closure(model: nn.Module, watching: observe, closure: Callable[[], Tensor]) -> Observation:
     """One call of the closure under an observer; nothing of the model changes."""
-    with preserved(model), torch.enable_grad(), watching as seen, together(replicas_of(model)):
+    closure = in_present_autocast(closure)
+    with without_autocast(), preserved(model), torch.enable_grad(), watching as seen, together(replicas_of(model)):
         seen.backward(checked_loss(closure), last=True)
     return seen
 

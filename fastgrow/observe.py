@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import kernel_ops
 from .arguments import choice, number, whole
+from .autocast import without_autocast
 from .cuda_graphs import check_not_captured
 from .distributed import replicas_of, together
 from .errors import GrowthError
@@ -172,7 +173,8 @@ class observe:
         self._uninstall()
         try:
             if kind is None:
-                self._finish()
+                with without_autocast():
+                    self._finish()
         finally:
             self._forget()
 
@@ -195,7 +197,8 @@ class observe:
             finally:
                 self._uninstall()
             if last:
-                self._finish()
+                with without_autocast():
+                    self._finish()
             elif self._streams:
                 self._close()
         except BaseException:

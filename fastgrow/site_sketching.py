@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .autocast import without_autocast
 from .blocks import has_blocks
 from .distributed import Replicas
 from .errors import GrowthError
@@ -137,8 +138,7 @@ class SiteSketches:
                         held.pop(need[1], None)
 
     def _multiplied(self, site: Site, capture: Capture) -> tuple[Tensor, ...]:
-        device = next(iter(capture.gradients.values())).device
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), without_autocast():
             data = SiteData(self.model, self.sites, site, [capture], [1.0], self.bias)
             return self.sketches[site.name].parts(growth_map(data))
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .cores import svd
 from .errors import GrowthError
 from .operators import LinearMap
 from .solve import Directions, solve
@@ -90,7 +91,7 @@ class Sketch:
             return
         generator = torch.Generator().manual_seed(1)
         noise = torch.randn(into.shape, generator=generator).to(into) * (_NOISE / into.shape[0] ** 0.5)
-        vectors, _, _ = torch.linalg.svd(into / norm + noise, full_matrices=False)
+        vectors, _, _ = svd(into / norm + noise)
         self.omega = vectors[:, : self.omega.shape[1]].contiguous()
         self._aimed, self.stale = True, not self.aims
 
@@ -151,10 +152,10 @@ def sketched_directions(sketches: Sequence[Sketch], scales: Sequence[float], nam
 def _directions(sketch: Sketch, scale: float) -> Directions:
     basis, reduced, captured = sketch.reduced()
     right, corner = torch.linalg.qr(reduced.mT)  # X = corner^T right^T
-    u, values, vh = torch.linalg.svd(corner.mT.cpu())
+    u, values, v = svd(corner.mT.cpu())
     k = min(sketch.rank, len(values))
     left = basis @ u[:, :k].to(basis.device)
-    right = right @ vh.mT[:, :k].to(right.device)
+    right = right @ v[:, :k].to(right.device)
     sign = torch.where(left.gather(0, left.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
     dtype = sketch.sums[0].dtype
     values = (values[:k] * scale).to(left.device)

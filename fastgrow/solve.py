@@ -16,9 +16,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .cores import fixed_signs, svd_of_cores, to_host
+from .cores import fixed_signs, svd, svd_of_cores, to_host
 from .errors import GrowthError
-from .foresight import blocks_left, foreseen, foreseen_cost
+from .foresight import FORESEEN_FROM, blocks_left, foreseen, foreseen_cost
 from .operators import DenseMap, LinearMap, products_in, scale_by_power
 from .reduction import (
     HOST_CORE,
@@ -41,6 +41,7 @@ _SAFE_PIVOT = 1e-3  # CholeskyQR loses (1/pivot)^2 ulps; below this Householder 
 _TYPICAL_ROUNDS = 3  # of block Krylov on gradients of networks, for choosing a route before it runs
 _ROUND = 1e8  # what the host does in a round, of whatever size, in flops of a product on a CPU
 _NORM_ERROR = 1e-5  # relative error allowed to a squared Frobenius norm summed in float32
+_EARLY_SHARE = 0.6  # of what tol leaves uncaptured, for what residuals alone tell after two rounds
 _ROUNDED_ERROR = 2.0**-11  # to the same of rounded images: what tf32 takes from one operand
 _ROUNDED_SHARE = 0.75  # of what tol leaves uncaptured, for rounds in tf32; the rest is for what rounding hides
 
@@ -395,6 +396,8 @@ class _Krylov:
         if gram is not None:
             last = vectors[-width:]
             estimate = math.sqrt(total / (total + float(((gram @ last) * last).sum(0).clamp(min=0).sqrt().sum())))
+        if self.rounds < FORESEEN_FROM:  # a shelf of nearly equal values below the leading ones is hardly seen yet
+            return estimate if estimate >= 1 - (1 - self.tol) * _EARLY_SHARE else min(estimate, self.tol - 1e-12)
         blocks = blocks_left(self.ritz, width, self._left())
         # What it may spare: the product that only certifies, or where that is made already, the next round.
         spared = width * self.map.column_flops if gram is None else self.problem.round_cost(basis + width)
@@ -484,8 +487,7 @@ def _finish(problems: list[_Problem]) -> list[Directions]:
     result = []
     for i, (problem, part) in enumerate(zip(problems, reduced, strict=True)):
         if i not in solved:
-            u, s, vh = torch.linalg.svd(part.core, full_matrices=False)
-            solved[i] = u, s, vh.mT
+            solved[i] = svd(part.core)
         left, values, right = (t[..., : problem.k] for t in solved[i])
         left, right = (_rotate(b, t, problem.map) for b, t in ((part.left, left), (part.right, right)))
         sign = fixed_signs(left)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autocast import without_autocast
 from .errors import GrowthError
 from .readings import Readings
 from .replay import Capture
@@ -121,7 +122,7 @@ class TargetSolving:
                     _check_read(batch, key)
             assert isinstance(batch.readings.scale, float)
             weights.append(1.0 / batch.readings.scale)  # one loss, of all samples
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), without_autocast():
             self._solve([site], [batch.capture for batch in batches], weights)
 
     def _solve(self, targets: list[Site], captures: Sequence[Capture], weights: Sequence[float]) -> None:

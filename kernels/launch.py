@@ -53,7 +53,14 @@ def dense_flat(x: Tensor) -> Tensor | None:
 
 @contextmanager
 def products_in(precision: str, device: torch.device) -> Iterator[None]:
-    """Library calls inside multiply float32 as `precision` says, whatever is set: "float32", or "tf32" on CUDA."""
+    """Library calls inside multiply float32 as `precision` says, whatever is set: "float32", or "tf32" on CUDA.
+
+    No autocast casts them.
+    """
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False), products_in(precision, device):
+            yield
+        return
     if precision == "tf32" and device.type != "cuda":
         yield
         return
