@@ -224,3 +224,25 @@ def test_under_a_scaler_nothing_is_solved_before_all_is_known_to_be_finite() -> 
         loop.optimizer.zero_grad()
         loop.grower.step()
     assert len(loop.grower.history) == 2
+
+
+@pytest.mark.parametrize(("kind", "ends"), [(Plain, 1), (Residual, 1), (Branching, 2)])
+def test_a_growth_pass_ends_at_the_outermost_layers(
+    kind: type[nn.Module], ends: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a backward pass ends at it holds until it is over."""
+    torch.manual_seed(0)
+    model = kind().double()
+    x, y = image_batch()
+    sites, plain, asked = fg.find_sites(model, x), torch.autograd.grad, []
+
+    def counted(outputs: Any, inputs: Any, *rest: Any, **options: Any) -> tuple[Tensor | None, ...]:
+        asked.append(inputs)
+        return plain(outputs, inputs, *rest, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    seen = observed(model, sites, lambda: F.cross_entropy(model(x), y), last=True)
+    assert len(asked[0]) == ends
+    with fg.observe(model, sites, rank=2) as whole:
+        F.cross_entropy(model(x), y).backward()
+    assert whole.nagn == pytest.approx(seen.nagn, rel=1e-12)
