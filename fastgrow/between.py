@@ -245,7 +245,9 @@ def activation_of(node: Node) -> LayerSpec | None:
 
 def keeps(new: nn.Module, known: nn.Module | None) -> bool:
     """Whether f(g(t)) = g(t), exactly, for a new activation f behind a known one g (None: behind anything)."""
-    grid = torch.cat([torch.linspace(-30, 30, 6001), torch.tensor([0.0, 1e-6, -1e-6, 1e4, -1e4])])
+    grid = torch.cat(
+        [torch.linspace(-30, 30, 6001, device="cpu"), torch.tensor([0.0, 1e-6, -1e-6, 1e4, -1e4], device="cpu")]
+    )
     with torch.no_grad():
         values: Tensor = grid if known is None else known(grid)
         return torch.equal(new(values), values)

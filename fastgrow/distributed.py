@@ -104,7 +104,7 @@ class Replicas:
 
     def mean(self, value: float) -> float:
         """The mean over ranks of one number."""
-        return float(self.sum(torch.tensor(value, dtype=torch.float64))) / self.size
+        return float(self.sum(torch.tensor(value, dtype=torch.float64, device="cpu"))) / self.size
 
     def first(self, value: Any) -> Any:
         """Rank 0's value: plain numbers, strings, lists and dicts."""

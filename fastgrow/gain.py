@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .autocast import in_present_autocast
 from .distributed import replicas_of, together
 from .errors import GrowthError
 from .growth_report import GrowthReport
@@ -17,6 +16,7 @@ from .layout import index_map, new_positions
 from .rehearsal import checked_loss, preserved
 from .sharded import wrapped_modules
 from .sites import Site, Sites, tensors_of
+from .surroundings import as_called
 
 __all__ = ["GainMeter"]
 
@@ -70,7 +70,7 @@ class GainMeter:
         self.model = model
         self.sites = sites
         self.rate = float(optimizers[0].param_groups[0]["lr"])
-        self._closure = in_present_autocast(closure)
+        self._closure = as_called(closure)
         self._sizes = sites.sizes(model)
         self._before = self._loss()
 

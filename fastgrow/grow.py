@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import as_list, copies_of, instance
-from .autocast import in_present_autocast, without_autocast
 from .cores import to_host
 from .cuda_graphs import check_not_captured
 from .distributed import Replicas, replicas_of, together
@@ -37,6 +36,7 @@ from .sharded import Renewals, gathered, wrapped_modules
 from .sites import Site, Sites, unwrap
 from .solve import Directions
 from .stages import clear, newest_stage
+from .surroundings import as_called, set_aside
 from .trial import find_sites
 from .widen import widen
 
@@ -123,8 +123,8 @@ def grow_observed(
     if how.rewrites:  # in forward order, so that each site sees the fan-in it will have
         wanted = {site.name: wanted[site.name] for site in sites if site.name in wanted}
     before = sites.widths(model)
-    closure = closure and in_present_autocast(closure)
-    with without_autocast():
+    closure = closure and as_called(closure)
+    with set_aside():
         if wrapped_modules(model):
             starts, swapped = _grown_by_site(model, sites, wanted, how, seen, optimizers, also)
         else:
@@ -321,8 +321,8 @@ def wanted_units(model: nn.Module, sites: Sites, units: Mapping[str, int], how: 
 
 def observe_closure(model: nn.Module, watching: observe, closure: Callable[[], Tensor]) -> Observation:
     """One call of the closure under an observer; nothing of the model changes."""
-    closure = in_present_autocast(closure)
-    with without_autocast(), preserved(model), torch.enable_grad(), watching as seen, together(replicas_of(model)):
+    closure = as_called(closure)
+    with set_aside(), preserved(model), torch.enable_grad(), watching as seen, together(replicas_of(model)):
         seen.backward(checked_loss(closure), last=True)
     return seen
 

@@ -98,7 +98,7 @@ def sums_of_squares(tensors: Sequence[Tensor], *, backend: Backend = "auto") -> 
         raise GrowthError(f"sums_of_squares: tensors is a {type(tensors).__name__}, wanted a list of tensors")
     tensors = list(tensors)
     if not tensors:
-        return torch.zeros(0)
+        return torch.zeros(0, device="cpu")
     _check_tensors("sums_of_squares", **{f"tensor {i}": x for i, x in enumerate(tensors)})
     tensors = [x.detach() for x in tensors]
     if _use_triton("sum_of_squares", backend, tensors[0], float64=True):

@@ -89,9 +89,9 @@ def index_map(layout: Layout, old: Sizes, new: Sizes) -> Tensor:
         case Leaf(axis):
             if new[axis] < old[axis]:
                 raise ValueError(f"axis {axis} would shrink from {old[axis]} to {new[axis]}")
-            return torch.arange(old[axis])
+            return torch.arange(old[axis], device="cpu")
         case Product(parts):
-            result = torch.zeros(1, dtype=torch.int64)
+            result = torch.zeros(1, dtype=torch.int64, device="cpu")
             for part in parts:
                 inner = index_map(part, old, new)
                 result = (result[:, None] * size(part, new) + inner[None, :]).reshape(-1)
@@ -101,14 +101,14 @@ def index_map(layout: Layout, old: Sizes, new: Sizes) -> Tensor:
             for part in parts:
                 pieces.append(index_map(part, old, new) + offset)
                 offset += size(part, new)
-            return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int64)
+            return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int64, device="cpu")
 
 
 def new_positions(layout: Layout, old: Sizes, new: Sizes) -> Tensor:
     """The positions of the grown dimension that hold no old value, ascending: int64."""
     if isinstance(layout, Leaf):
-        return torch.arange(old[layout.axis], new[layout.axis])
-    fresh = torch.ones(size(layout, new), dtype=torch.bool)
+        return torch.arange(old[layout.axis], new[layout.axis], device="cpu")
+    fresh = torch.ones(size(layout, new), dtype=torch.bool, device="cpu")
     fresh[index_map(layout, old, new)] = False
     return fresh.nonzero().squeeze(1)
 
@@ -138,12 +138,12 @@ def restricted_size(layout: Layout, axis: int, sizes: Sizes) -> int:
 def _unit_labels(layout: Layout, axis: int, sizes: Sizes) -> Tensor:
     """The unit that each position of the restricted dimension belongs to."""
     if axis not in axes_of(layout):
-        return torch.full((size(layout, sizes),), -1)
+        return torch.full((size(layout, sizes),), -1, device="cpu")
     match layout:
         case Leaf(own):
-            return torch.arange(sizes[own])
+            return torch.arange(sizes[own], device="cpu")
         case Product(parts):
-            labels = torch.full((1,), -1)
+            labels = torch.full((1,), -1, device="cpu")
             for part in parts:
                 inner = _unit_labels(part, axis, sizes)
                 labels = torch.maximum(labels[:, None], inner[None, :]).reshape(-1)
@@ -155,7 +155,7 @@ def _unit_labels(layout: Layout, axis: int, sizes: Sizes) -> Tensor:
 def unit_positions(layout: Layout, axis: int, sizes: Sizes) -> Tensor:
     """(units, positions of one unit) int64: where each unit lies in the restricted dimension."""
     if layout == Leaf(axis):
-        return torch.arange(sizes[axis])[:, None]
+        return torch.arange(sizes[axis], device="cpu")[:, None]
     labels = _unit_labels(layout, axis, sizes)
     order = torch.argsort(labels, stable=True)
     return order.reshape(sizes[axis], -1)
@@ -164,6 +164,6 @@ def unit_positions(layout: Layout, axis: int, sizes: Sizes) -> Tensor:
 def whole_unit_positions(layout: Layout, axis: int, sizes: Sizes) -> Tensor:
     """(units, positions of one unit) int64: where each unit lies in the whole dimension."""
     if layout == Leaf(axis):
-        return torch.arange(sizes[axis])[:, None]
+        return torch.arange(sizes[axis], device="cpu")[:, None]
     own = new_positions(layout, {**sizes, axis: 0}, sizes)
     return own[unit_positions(layout, axis, sizes)]

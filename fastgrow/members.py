@@ -31,7 +31,7 @@ class Side:
     @cached_property
     def index(self) -> Tensor:
         """(channels, n_c): the entries of each channel."""
-        turns = torch.arange(self.length).reshape(-1, self.channels).T
+        turns = torch.arange(self.length, device="cpu").reshape(-1, self.channels).T
         return turns if self.given is None else self.given
 
     def parts(self, vectors: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def _incoming(
         parts = gates[0].parts if gates else 1
         gating = {gate.part for gate in gates}
         for count in counts:
-            index = torch.arange(offset, offset + rows * count).reshape(rows, count)
+            index = torch.arange(offset, offset + rows * count, device="cpu").reshape(rows, count)
             offset += rows * count
             if name in fans:  # one row for the unit's channels in all groups, each fed by its own inputs
                 into.append(index.reshape(rows, fans[name], -1).movedim(1, 0).flatten(1))
@@ -140,7 +140,7 @@ def _outgoing(
         outs, _, *kernel = (tensors[slot.tensor].shape[dim] for dim in slot.order(tensors[slot.tensor].dim()))
         taps = math.prod(kernel)
         positions = restricted_size(slot.layout, site.axis, one)
-        index = torch.arange(offset, offset + outs * positions * taps).reshape(outs, positions, taps)
+        index = torch.arange(offset, offset + outs * positions * taps, device="cpu").reshape(outs, positions, taps)
         offset += outs * positions * taps
         if site.heads:  # the head size is innermost
             split = index.reshape(outs, positions // channels, channels, taps).movedim(2, 0)

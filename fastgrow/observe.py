@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from . import kernel_ops
 from .arguments import choice, number, whole
-from .autocast import without_autocast
 from .cuda_graphs import check_not_captured
 from .distributed import replicas_of, together
 from .errors import GrowthError
@@ -31,6 +30,7 @@ from .site_solving import SiteSolving
 from .site_view import Solver
 from .sites import Sites, argument_paths, unwrap
 from .solve import Directions
+from .surroundings import set_aside
 from .target_solving import Batch, TargetSolving, pooled
 
 __all__ = ["observe"]
@@ -173,7 +173,7 @@ class observe:
         self._uninstall()
         try:
             if kind is None:
-                with without_autocast():
+                with set_aside():
                     self._finish()
         finally:
             self._forget()
@@ -197,7 +197,7 @@ class observe:
             finally:
                 self._uninstall()
             if last:
-                with without_autocast():
+                with set_aside():
                     self._finish()
             elif self._streams:
                 self._close()
@@ -466,7 +466,7 @@ class observe:
         """Counts samples over all ranks; none where one rank has none to add."""
         if self._replicas is not None:
             norms = self._norms
-            known = torch.tensor([norms.samples, not norms.samples, norms.dropped])
+            known = torch.tensor([norms.samples, not norms.samples, norms.dropped], device="cpu")
             samples, without, norms.dropped = self._replicas.sum(known).tolist()
             norms.samples = 0 if without else samples
 
@@ -476,7 +476,7 @@ class observe:
         names = list(self.sites.layers)
         values = [totals.get(name, 0.0) for name in names]
         called = [float(name in totals) for name in names]
-        summed = self._replicas.sum(torch.tensor([values, called], dtype=torch.float64)).tolist()
+        summed = self._replicas.sum(torch.tensor([values, called], dtype=torch.float64, device="cpu")).tolist()
         totals.update({name: value for name, value, count in zip(names, *summed, strict=True) if count})
 
     def _solve(self, batches: list[Batch]) -> None:

@@ -51,7 +51,7 @@ class ActivationRanks:
     def ranks(self, epsilon: float, replicas: Replicas | None = None) -> dict[str, float]:
         """Site name -> ``|{sigma_i(H / sqrt(n)) > epsilon}|``, in channels; over all ranks of `replicas`."""
         found: dict[str, float] = {}
-        counts = torch.tensor([self._samples.get(site.name, 0) for site in self.sites])
+        counts = torch.tensor([self._samples.get(site.name, 0) for site in self.sites], device="cpu")
         if replicas is not None:
             counts = replicas.sum(counts)
         for site, samples in zip(self.sites, counts.tolist(), strict=True):

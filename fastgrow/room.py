@@ -154,7 +154,7 @@ def check_blank(model: nn.Module) -> None:
     for name, positions in stages.live_in(unwrap(model)).items():
         tensor = tensors[name].detach()
         for dim, index in positions.items() if isinstance(tensors[name], nn.Parameter) else ():
-            rest = torch.ones(tensor.shape[dim], dtype=torch.bool)
+            rest = torch.ones(tensor.shape[dim], dtype=torch.bool, device="cpu")
             rest[index] = False
             found.append(tensor.index_select(dim, rest.nonzero().squeeze(1).to(tensor.device)).any())
             names.append(name)
@@ -226,7 +226,7 @@ def _kept(sites: Sites, site: Site, role: str, now: Mapping[int, int], whole: Ma
         layouts = sites.layouts(slot.tensor)
         out, into, *rest = slot.order(len(layouts))
         other = layouts[into if role == "producer" else out]
-        live = torch.zeros(size(other, whole), dtype=torch.bool)
+        live = torch.zeros(size(other, whole), dtype=torch.bool, device="cpu")
         live[index_map(other, now, whole)] = True
         own = restricted_size(slot.layout, site.axis, {**whole, site.axis: 1})
         grid = live.repeat(own) if role == "producer" else live.repeat_interleave(own)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .autocast import without_autocast
 from .blocks import has_blocks
 from .distributed import Replicas
 from .errors import GrowthError
@@ -19,6 +18,7 @@ from .site_data import SiteData
 from .sites import Site, Sites
 from .sketch import Sketch, sketched_directions
 from .solve import Directions
+from .surroundings import set_aside
 
 __all__ = ["Pieces", "SiteSketches", "check_version"]
 
@@ -138,7 +138,7 @@ class SiteSketches:
                         held.pop(need[1], None)
 
     def _multiplied(self, site: Site, capture: Capture) -> tuple[Tensor, ...]:
-        with torch.no_grad(), without_autocast():
+        with torch.no_grad(), set_aside():
             data = SiteData(self.model, self.sites, site, [capture], [1.0], self.bias)
             return self.sketches[site.name].parts(growth_map(data))
 
@@ -164,7 +164,7 @@ class SiteSketches:
         """
         if self._agreed or self.replicas is None:
             return
-        if int(self.replicas.sum(torch.tensor(int(self._added > 0)))) < self.replicas.size:
+        if int(self.replicas.sum(torch.tensor(int(self._added > 0), device="cpu"))) < self.replicas.size:
             return
         for sketch in self.sketches.values():
             if not sketch.settled:
@@ -174,7 +174,7 @@ class SiteSketches:
     def _forget_alone(self) -> None:
         """Where any rank saw a batch with the Omega agreed on, what ranks saw before it counts on none."""
         if self.replicas is not None and self.sketches:
-            stale = torch.tensor([sketch.stale for sketch in self.sketches.values()], dtype=torch.int64)
+            stale = torch.tensor([sketch.stale for sketch in self.sketches.values()], dtype=torch.int64, device="cpu")
             for sketch, count in zip(self.sketches.values(), self.replicas.sum(stale).tolist(), strict=True):
                 if sketch.stale and count < self.replicas.size:
                     sketch.forget()

@@ -54,7 +54,7 @@ class Sketch:
             self.sums = (torch.zeros(rows, cols, **options),)  # type: ignore[call-overload]
             return
         generator = torch.Generator().manual_seed(0)
-        draw = [torch.randn(*shape, generator=generator) for shape in ((rows, 2 * r), (cols, r))]
+        draw = [torch.randn(*shape, generator=generator, dtype=torch.float32) for shape in ((rows, 2 * r), (cols, r))]
         self.psi, self.omega = (drawn.to(**options) / drawn.shape[1] ** 0.5 for drawn in draw)  # type: ignore[call-overload]
         self.sums = torch.zeros(rows, r, **options), torch.zeros(cols, 2 * r, **options)  # type: ignore[call-overload]
 

@@ -31,6 +31,7 @@ from .reduction import (
     reduction_cost,
     start_block,
 )
+from .surroundings import set_aside
 
 __all__ = ["Directions", "Method", "solve", "top_directions"]
 
@@ -110,7 +111,7 @@ def solve(
     if len(labels) != len(maps):
         raise GrowthError(f"{len(maps)} matrices but {len(labels)} names; one name per matrix is wanted")
     problems = [_Problem(_as_map(m, label), rank, label) for m, rank, label in zip(maps, ranks, labels, strict=True)]
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack, torch.no_grad(), set_aside():
         for device in {p.map.device for p in problems}:
             stack.enter_context(products_in("float32", device))
         _check_finite(problems)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autocast import without_autocast
 from .errors import GrowthError
 from .readings import Readings
 from .replay import Capture
@@ -20,6 +19,7 @@ from .site_solving import SiteSolving
 from .site_view import Solver
 from .sites import Site
 from .solve import Directions
+from .surroundings import set_aside
 
 __all__ = ["Batch", "TargetSolving", "pooled"]
 
@@ -122,7 +122,7 @@ class TargetSolving:
                     _check_read(batch, key)
             assert isinstance(batch.readings.scale, float)
             weights.append(1.0 / batch.readings.scale)  # one loss, of all samples
-        with torch.no_grad(), without_autocast():
+        with torch.no_grad(), set_aside():
             self._solve([site], [batch.capture for batch in batches], weights)
 
     def _solve(self, targets: list[Site], captures: Sequence[Capture], weights: Sequence[float]) -> None:

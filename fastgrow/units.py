@@ -42,7 +42,7 @@ def _parts(
         tensor = tensors[slot.tensor]
         chosen = dict(axes.get(slot.tensor, {}))
         chosen[slot.dim] = whole_unit_positions(slot.layout, site.axis, sizes)[units].reshape(-1)
-        index = [chosen.get(dim, torch.arange(tensor.shape[dim])) for dim in range(tensor.dim())]
+        index = [chosen.get(dim, torch.arange(tensor.shape[dim], device="cpu")) for dim in range(tensor.dim())]
         grid = tuple(
             positions.to(tensor.device).reshape([-1 if at == dim else 1 for at in range(len(index))])
             for dim, positions in enumerate(index)
@@ -72,9 +72,9 @@ def gather(
     if units is None and not axes and all(isinstance(slot.layout, Leaf) for slot in slots):
         whole = [_canonical(tensors[slot.tensor].detach(), slot, sizes[site.axis]) for slot in slots]
         return (torch.cat(whole, 1) if len(whole) > 1 else whole[0]).T
-    units = torch.arange(sizes[site.axis]) if units is None else units
+    units = torch.arange(sizes[site.axis], device="cpu") if units is None else units
     if not len(units):
-        return gather(site, tensors, sizes, role, torch.zeros(1, dtype=torch.int64), axes)[:, :0]
+        return gather(site, tensors, sizes, role, torch.zeros(1, dtype=torch.int64, device="cpu"), axes)[:, :0]
     pieces = [
         _canonical(tensor.detach()[grid], slot, len(units))
         for tensor, grid, slot in _parts(site, tensors, sizes, role, units, axes or {})

@@ -47,7 +47,7 @@ class BlockTable(ABC):
         for count in counts:
             self.bases.append(self.bases[-1] + len(count))
         self.strides = [tensor.stride() for tensor in tensors]
-        self.counts = torch.tensor([n for count in counts for n in count], dtype=acc).to(self.device)
+        self.counts = torch.tensor([n for count in counts for n in count], dtype=acc, device="cpu").to(self.device)
         self._addresses: list[int] = []
 
     @staticmethod

@@ -280,18 +280,18 @@ class BlockTable(block_table.BlockTable):
             grid = (-(-size_a // BLOCK_A), -(-size_b // BLOCK_B))
             total = grid[0] * grid[1]
             geometry.append([size_a, size_b, at, at + size_a, self.bases[number], first_tile, total])
-            index = torch.arange(total, dtype=torch.int32)
+            index = torch.arange(total, dtype=torch.int32, device="cpu")
             tiles.append(torch.stack([torch.full_like(index, number), index // grid[1], index % grid[1]], 1))
             at += size_a + size_b
             first_tile += total
         geometry.append([0] * 4 + [self.total, first_tile, 0])  # the end of the last tensor's blocks
         self._max_blocks = triton.next_power_of_2(max(len(count) for count in counts))
-        self._geometry = torch.tensor(geometry, dtype=torch.int64).to(self.device)
+        self._geometry = torch.tensor(geometry, dtype=torch.int64, device="cpu").to(self.device)
         self._tiles = torch.cat(tiles).contiguous().to(self.device)
         self._blocks = torch.cat([vector.cpu() for pair in blocks for vector in pair]).to(torch.int32).to(self.device)
         self.partial = torch.zeros(first_tile, self._max_blocks, dtype=acc, device=self.device)
         self._rows_aligned = all(line[1] % 16 == 0 for line in geometry)
-        self._pointers = torch.zeros(0, dtype=torch.int64)
+        self._pointers = torch.zeros(0, dtype=torch.int64, device="cpu")
         self._aligned = False
 
     @staticmethod
@@ -300,7 +300,7 @@ class BlockTable(block_table.BlockTable):
 
     def _take(self, addresses: list[int]) -> None:
         # a blocking copy would wait for all that is queued on the GPU
-        self._pointers = torch.tensor(addresses, dtype=torch.int64).to(self.device, non_blocking=True)
+        self._pointers = torch.tensor(addresses, dtype=torch.int64, device="cpu").to(self.device, non_blocking=True)
         self._aligned = self._rows_aligned and all(address % 16 == 0 for address in addresses)
 
     def _guard(self) -> AbstractContextManager[object]:

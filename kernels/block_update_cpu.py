@@ -107,9 +107,9 @@ class BlockTable(block_table.BlockTable):
                 sums += len(count)
                 before += stop - start
         places.append([0, len(bands), self.total])
-        self.partial = torch.zeros(sums, dtype=self.acc)
-        numbers = [torch.tensor(of, dtype=torch.int64) for of in (places, bands, runs, chunks)]
-        short = torch.cat([torch.zeros(0, dtype=torch.int32), *ids]).to(torch.int32)
+        self.partial = torch.zeros(sums, dtype=self.acc, device="cpu")
+        numbers = [torch.tensor(of, dtype=torch.int64, device="cpu") for of in (places, bands, runs, chunks)]
+        short = torch.cat([torch.zeros(0, dtype=torch.int32, device="cpu"), *ids]).to(torch.int32)
         self._tables = [*numbers[:3], short, numbers[3]]  # alive as long as the library reads them
         self._pointers = array("q", bytes(8 * POINTERS * len(tensors)))
         self._structure = _Table(

@@ -111,10 +111,10 @@ def _correlation(dz: Tensor, h: Tensor, plan: Plan) -> Tensor:
 def _expansion(plan: Plan, device: torch.device) -> Tensor:
     """Where each element of a row block of M, (kh2, kw2, I, kh1, kw1), lies in a row (I, taps, taps) of C."""
     y, x = (
-        torch.tensor([[axis.tap(a, b) for b in range(axis.producer[0])] for a in range(axis.consumer[0])])
+        torch.tensor([[axis.tap(a, b) for b in range(axis.producer[0])] for a in range(axis.consumer[0])], device="cpu")
         for axis in (plan.y, plan.x)
     )
-    column = torch.arange(plan.columns)[None, None, :, None, None] * plan.y.taps
+    column = torch.arange(plan.columns, device="cpu")[None, None, :, None, None] * plan.y.taps
     index = (column + y[:, None, None, :, None]) * plan.x.taps + x[None, :, None, None, :]
     return index.reshape(-1).to(device)
 
@@ -205,10 +205,11 @@ def _by_cells(dz: Tensor, h: Tensor, plan: Plan) -> Tensor:
     table = torch.stack(sums, dim=2).view(plan.rows, -1)  # (O, I patterns)
     where = [
         torch.tensor(
-            [[patterns.index(axis.ranges[a, b]) for b in range(axis.producer[0])] for a in range(axis.consumer[0])]
+            [[patterns.index(axis.ranges[a, b]) for b in range(axis.producer[0])] for a in range(axis.consumer[0])],
+            device="cpu",
         )
         for axis, patterns in ((y, y_patterns), (x, x_patterns))
     ]
     pattern = where[0][:, None, None, :, None] * len(x_patterns) + where[1][None, :, None, None, :]
-    index = torch.arange(plan.columns)[None, None, :, None, None] * len(sums) + pattern
+    index = torch.arange(plan.columns, device="cpu")[None, None, :, None, None] * len(sums) + pattern
     return table.index_select(1, index.reshape(-1).to(dz.device)).view(plan.shape)

@@ -52,7 +52,7 @@ def random_columns(newborns: Newborns, distribution: str = "normal") -> Tensor:
     parts = [newborns.shape(name, "consumer") for name in newborns.site.consumers]
     length = sum(torch.Size(shape).numel() for shape in parts) // newborns.steps
     device = newborns.weight(newborns.site.consumers[0], "consumer").device
-    drawn = torch.empty(length, newborns.steps)
+    drawn = torch.empty(length, newborns.steps, dtype=torch.float32)
     drawn = drawn.normal_() if distribution == "normal" else drawn.uniform_(-1, 1)
     if newborns.site.separate:
         out = newborns.channels.out

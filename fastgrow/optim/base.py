@@ -325,7 +325,9 @@ class GrowingOptimizer(torch.optim.Optimizer):
         step = state.get("step")
         if step is None:
             # torch's SGD counts no steps: one stands for all of them, so that a seed does not pass for new
-            state["step"] = torch.tensor(float(any(state.get(name) is not None for name in self._moment_names)))
+            state["step"] = torch.tensor(
+                float(any(state.get(name) is not None for name in self._moment_names)), device="cpu"
+            )
         elif not step.is_cpu:
             # loading into fused=True puts it on the GPU, where reading it would wait for the GPU each step
             state["step"] = step.cpu()

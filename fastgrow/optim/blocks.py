@@ -102,17 +102,17 @@ def blocks_of(parameter: Tensor, runs: Mapping[int, Runs], slab_size: int) -> Bl
     vectors = {dim: _vector_of(of) for dim, of in runs.items()}
     width, row_dim = _row_width(shape, strides, list(runs))
     total = math.prod(shape)
-    rows = torch.zeros(total // width if width else 0, dtype=torch.int64)
-    columns = torch.zeros(width, dtype=torch.int64)
+    rows = torch.zeros(total // width if width else 0, dtype=torch.int64, device="cpu")
+    columns = torch.zeros(width, dtype=torch.int64, device="cpu")
     for dim, vector in vectors.items():
         if dim == row_dim or shape[dim] == 1:
-            index = torch.arange(len(rows)) * width // strides[dim] % shape[dim]
+            index = torch.arange(len(rows), device="cpu") * width // strides[dim] % shape[dim]
             rows = torch.maximum(rows, vector[index])
         else:
-            columns = torch.maximum(columns, vector[torch.arange(width) // strides[dim] % shape[dim]])
+            columns = torch.maximum(columns, vector[torch.arange(width, device="cpu") // strides[dim] % shape[dim]])
     elements = _count(rows, columns)
     stages = tuple(sorted(elements))
-    rank = torch.tensor(stages, dtype=torch.int64)
+    rank = torch.tensor(stages, dtype=torch.int64, device="cpu")
     # the rank of a maximum is the maximum of the ranks
     rows, columns = torch.searchsorted(rank, rows), torch.searchsorted(rank, columns)
     slabs, along = _slabs(rows, columns, slab_size, parameter.device)
@@ -130,8 +130,8 @@ def blocks_of(parameter: Tensor, runs: Mapping[int, Runs], slab_size: int) -> Bl
 
 
 def _vector_of(runs: Runs) -> Tensor:
-    lengths = torch.tensor([n for n, _ in runs], dtype=torch.int64)
-    return torch.repeat_interleave(torch.tensor([stage for _, stage in runs], dtype=torch.int64), lengths)
+    lengths = torch.tensor([n for n, _ in runs], dtype=torch.int64, device="cpu")
+    return torch.repeat_interleave(torch.tensor([stage for _, stage in runs], dtype=torch.int64, device="cpu"), lengths)
 
 
 def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
@@ -196,5 +196,5 @@ def _parts(blocks: Tensor, device: torch.device) -> list[Part]:
         return [Part(runs[0][1])]
     if len(runs) > _MOST_RUNS:
         return [Part(int(one), (blocks == one).nonzero().view(-1).to(device)) for one in blocks.unique()]
-    stops = torch.tensor([n for n, _ in runs]).cumsum(0).tolist()
+    stops = torch.tensor([n for n, _ in runs], device="cpu").cumsum(0).tolist()
     return [Part(block, slice(stop - n, stop)) for (n, block), stop in zip(runs, stops, strict=True)]

@@ -86,7 +86,7 @@ class Batch:
         device, acc = self.table.device, self.table.acc
         self.ratio = torch.ones(self.table.total, dtype=acc, device=device)
         self.sums = torch.zeros_like(self.ratio)
-        self.adapt = torch.tensor([int(flag) for flag in adapt], dtype=torch.int32).to(device)
+        self.adapt = torch.tensor([int(flag) for flag in adapt], dtype=torch.int32, device=device)
         self.adapts = any(adapt)
         self._made_for = made_for
         self._made_of = [(p, state.get("stages"), _layout(p)) for p, state in zip(parameters, states, strict=True)]
@@ -104,7 +104,7 @@ class Batch:
             state.get("waiting") or [0.0] * len(b.counts) for state, b in zip(states, blocks, strict=True)
         ]
         flat = [flag for flags in self._flags for flag in flags]
-        self.waiting = torch.tensor(flat, dtype=acc).to(device)
+        self.waiting = torch.tensor(flat, dtype=acc, device=device)
         self._unsettled = any(flat)
 
     def holds(self, parameters: Sequence[Tensor], states: Sequence[dict[str, Any]], made_for: object) -> bool:
@@ -196,8 +196,8 @@ class EtaSums:
         width = max(map(len, members))
         # padded with a block past the end, whose sum is zero: adding up needs no atomics
         padded = [row + [len(stages)] * (width - len(row)) for row in members]
-        self._members = torch.tensor(padded).to(table.device)
-        self._slots = torch.tensor([distinct.index(stage) for stage in stages]).to(table.device)
+        self._members = torch.tensor(padded, device=table.device)
+        self._slots = torch.tensor([distinct.index(stage) for stage in stages], device=table.device)
         self._elements = self._pooled(table.counts)
         self._stamp: object = None
 

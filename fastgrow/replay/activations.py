@@ -60,7 +60,7 @@ def _derivative_from_the_right(node: Node) -> float | None:
     if torch.Tag.pointwise not in target.tags and kind not in _ELEMENTWISE:
         return None
     function = live_at_zero(kind, node) or out_of_place(target)
-    x = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    x = torch.zeros((), dtype=torch.float64, requires_grad=True, device="cpu")
     args = [x if isinstance(arg, Node) else arg for arg in node.args]
     try:
         with torch.enable_grad():

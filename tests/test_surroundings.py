@@ -1,13 +1,17 @@
-"""Whatever autocast is on around them, solving and growing are in the precision of their tensors."""
+"""Whatever autocast or default device is set around them, growing is on its tensors' devices, in their precision."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import Branching, Gated, Residual
 from torch import Tensor, nn
 
 import fastgrow as fg
@@ -128,3 +132,105 @@ def test_a_gain_is_measured_with_the_weights_that_are_there() -> None:
     wanted, found = measured(None, torch.bfloat16), measured(torch.bfloat16, None)
     assert wanted is not None
     assert found == pytest.approx(wanted, rel=0.05)
+
+
+@pytest.fixture
+def default_device() -> Iterator[Callable[[str | None], None]]:
+    """Sets one; "meta" refuses to meet tensors of the CPU, as a GPU does."""
+    yield torch.set_default_device
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        fg.how.GradMax(),
+        fg.how.TINY(),
+        fg.how.GradMaxOpt(steps=2),
+        fg.how.Random(),
+        fg.how.Firefly(),
+        fg.how.Net2Net(),
+        fg.how.VarianceTransfer(),
+        fg.how.Sparkling(),
+    ],
+    ids=lambda how: how.name,
+)
+@pytest.mark.parametrize("kind", [Residual, Branching, Gated])
+def test_a_default_device_is_the_models_alone(
+    kind: type[nn.Module], how: fg.how.How, default_device: Callable[[str | None], None]
+) -> None:
+    torch.manual_seed(0)
+    model = kind()
+    x = torch.randn(6, 5, 3) if kind is Gated else torch.randn(6, 2, 8, 8)
+    y = torch.arange(6) % 3
+    sites = fg.find_sites(model, x)
+
+    def grown(device: str | None) -> dict[str, Tensor] | str:
+        own, seen = copy.deepcopy(model), []
+
+        def closure() -> Tensor:
+            seen.append(torch.zeros(()).device.type)
+            with torch.device("cpu"):
+                return F.cross_entropy(own(x), y)
+
+        with torch.device("cpu"):
+            optimizer = fg.optim.Adam(own.parameters(), lr=0.01, rate_adaptation=True)
+        torch.manual_seed(1)
+        default_device(device)
+        try:
+            fg.grow(
+                own, {s.name: 2 * s.multiple for s in sites}, how, sites=sites, optimizer=optimizer, closure=closure
+            )
+            closure().backward()
+            optimizer.step()
+        except fg.GrowthError as error:
+            return str(error)
+        finally:
+            default_device(None)
+        assert set(seen) <= {device or "cpu"}
+        return own.state_dict()
+
+    wanted, found = grown(None), grown("meta")
+    assert type(wanted) is type(found)
+    if isinstance(wanted, str):
+        assert wanted == found
+    else:
+        assert all(torch.equal(value, found[name]) for name, value in wanted.items())  # type: ignore[index]
+
+
+@pytest.mark.parametrize("make", [fg.optim.SGD, fg.optim.Adam, fg.optim.AvaGrad, torch.optim.AdamW])
+def test_a_loop_under_a_default_device_is_the_loop_without(
+    make: Any, default_device: Callable[[str | None], None], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    x, y, seed = torch.randn(6, 2, 8, 8), torch.arange(6) % 3, Residual()
+
+    def trained(device: str | None) -> dict[str, Tensor]:
+        default_device(device)
+        with torch.device("cpu"):
+            own, again = copy.deepcopy(seed), copy.deepcopy(seed)
+            optimizers = [make(model.parameters(), lr=0.01) for model in (own, again)]
+        growers = [
+            fg.Grower(m, o, sites=fg.find_sites(m, x), when=fg.when.Every(2), where=fg.where.NAGN(max_new=2))
+            for m, o in zip((own, again), optimizers, strict=True)
+        ]
+
+        def steps(model: nn.Module, optimizer: Any, grower: fg.Grower, count: int) -> None:
+            for _ in range(count):
+                with grower.observe(), torch.device("cpu"):
+                    F.cross_entropy(model(x), y).backward()
+                with torch.device("cpu") if make is torch.optim.AdamW else nullcontext():
+                    optimizer.step()
+                optimizer.zero_grad()
+                grower.step()
+
+        steps(own, optimizers[0], growers[0], 5)
+        fg.save(tmp_path / "run.pt", own, optimizers[0], growers[0])
+        fg.load(tmp_path / "run.pt", again, optimizers[1], growers[1])
+        steps(again, optimizers[1], growers[1], 2)
+        assert growers[1].history
+        default_device(None)
+        return again.state_dict()
+
+    wanted, found = trained(None), trained("meta")
+    assert all(torch.equal(value, found[name]) for name, value in wanted.items())
