@@ -30,11 +30,11 @@ class GradMax(How):
     The function stays what it was (activations with f(0) = 0).
 
     scale, norm: the norm of each new outgoing column: "mean": `scale` times the mean norm of the present
-    units' outgoing weights (the paper's experiments: 0.5 for images), behind a batch norm in training mode sqrt(eps)
-    times that (`Newborns.outgoing_norm`; App. C advises small weights there); "fixed": `scale` itself; "sigma": as
-    "mean" in total, divided among the columns in proportion to their singular values. A unit that has a channel in each
-    group of a grouped convolution, or in each member of a stack of matrices, takes these norms in each by itself: a
-    stack of networks grows as each network alone.
+    units' outgoing weights (the paper's experiments: 0.5 for images), sqrt(eps) times that for each batch norm in
+    training mode, instance or group norm that the units pass in series (`Newborns.outgoing_norm`; App. C advises small
+    weights there); "fixed": `scale` itself; "sigma": as "mean" in total, divided among the columns in proportion to
+    their singular values. A unit that has a channel in each group of a grouped convolution, or in each member of a
+    stack of matrices, takes these norms in each by itself: a stack of networks grows as each network alone.
     bias: count the gradient of the producers' biases as a column of M (the paper leaves it out); not of gated
     units and attention heads, nor in signed pairs of units that have a channel in each group or member: there the
     weights alone count.
