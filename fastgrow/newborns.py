@@ -198,22 +198,34 @@ class Newborns:
 
         Raises `GrowthError` where weights of that norm are too small for their dtype.
         """
-        return scale if norm == "fixed" else self._behind_norms(scale, self.mean_norm("consumer"))
+        return scale if norm == "fixed" else self._behind_norms(scale, self.mean_norm("consumer"), "consumer")
 
-    def _behind_norms(self, scale: float, present: Tensor) -> Tensor:
-        """`scale` times these norms of present units' outgoing weights, divided by what the norms multiply."""
+    def small_norm(self, share: float) -> Tensor:
+        """(): the norm of incoming weights that are to be small: `share` times the mean norm of the present units', and
+        sqrt(eps) of that for each norm in series, as of outgoing weights: behind the norms a unit is then as large as
+        it would be without them. Raises `GrowthError` as `outgoing_norm`."""
+        return self._behind_norms(share, self.mean_norm("producer"), "producer")
+
+    def small_part_norms(self, share: float) -> Tensor:
+        """(channels,): `small_norm` of each of a separate site's groups or members, from its own present units."""
+        return self._behind_norms(share, self.part_norms("producer"), "producer")
+
+    def _behind_norms(self, scale: float, present: Tensor, role: str) -> Tensor:
+        """`scale` times these norms of present units' weights, divided by what the norms multiply."""
         factor = scale / self.amplification
         norms = factor * present
-        least = max(torch.finfo(self.tensors[slot.tensor].dtype).tiny for slot in self.site.slots_of("consumer"))
+        least = max(torch.finfo(self.tensors[slot.tensor].dtype).tiny for slot in self.site.slots_of(role))
         # No factor above the root brings weights of usual size there: then no device is waited for.
-        if factor < least**0.5:
-            entries = sum(math.prod(self.shape(name, "consumer")) for name in self.site.consumers) // self.steps
+        if self.amplification > 1 and factor < least**0.5:
+            layers = self.site.producers if role == "producer" else self.site.consumers
+            entries = sum(math.prod(self.shape(name, role)) for name in layers) // self.steps
             smallest = float(norms.min()) / entries**0.5
             if smallest < least:
+                remedy = "relu='swap'" if role == "producer" else "norm='fixed' and a scale"
                 raise GrowthError(
-                    f"site {self.site.name!r}: behind its norms new outgoing weights would have entries of "
-                    f"{smallest:.1e}, {scale:g} / {self.amplification:.1e} of the present ones, below {least:.1e}, the "
-                    "least of their dtype; grow in evaluation mode, or give norm='fixed' and a scale"
+                    f"site {self.site.name!r}: for the norms behind it new weights of its {role} {layers[0]!r} would "
+                    f"have entries of {smallest:.1e}, {scale:g} / {self.amplification:.1e} of the present ones, below "
+                    f"{least:.1e}, the least of their dtype; grow in evaluation mode, or give {remedy}"
                 )
         return norms
 
@@ -240,7 +252,7 @@ class Newborns:
     def outgoing_part_norms(self, scale: float, norm: str) -> Tensor:
         """(channels,): `outgoing_norm` of each of a separate site's groups or members, from its own present units."""
         present = self.part_norms("consumer")
-        return torch.full_like(present, scale) if norm == "fixed" else self._behind_norms(scale, present)
+        return torch.full_like(present, scale) if norm == "fixed" else self._behind_norms(scale, present, "consumer")
 
     def incoming_part_norms(self, scale: float, norm: str) -> Tensor:
         """(channels,): the norm of a new unit's incoming weights in each of them: `scale` times the present ones'."""

@@ -236,9 +236,36 @@ def test_weights_that_would_underflow_are_refused(how: fg.how.How) -> None:
 
     loss()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(fg.GrowthError, match="site '0': behind its norms new outgoing weights.*evaluation mode"):
+    with pytest.raises(fg.GrowthError, match=r"site '0': for the norms behind it new weights.*evaluation mode"):
         fg.grow(model, {"0": 2}, how, sites=sites, closure=loss)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     model.eval()
     fg.grow(model, {"0": 2}, how, sites=sites, closure=loss)
     assert bool((model.get_submodule("6").get_parameter("weight")[:, 6:] != 0).any())
+
+
+@pytest.mark.parametrize("relu", ["pairs", "epsilon"])
+@pytest.mark.parametrize("net", NETS)
+def test_small_incoming_weights_stay_small_behind_norms(net: str, relu: str) -> None:
+    """The output keeps what epsilon alone changes, and the gradient is the one predicted at their own mask."""
+    make, _ = NETS[net]
+    model, (x, y) = built(make, 1e-5), data()
+    sites = fg.find_sites(model, x)
+    site = sites[0]
+    before, units = model(x).detach(), 2 * site.multiple
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    closure = lambda: F.cross_entropy(model(x), y)  # noqa: E731
+    how = fg.how.GradMax(relu=relu, norm="fixed", scale=0.5, epsilon=1e-4)
+    report = fg.grow(model, {site.name: units}, how, sites=sites, optimizer=optimizer, closure=closure)
+    after = model(x)
+    bound = 1e-10 if relu == "pairs" else 1e-3  # of epsilon times sums of 9 taps and a few channels
+    assert float((after.detach() - before).abs().max()) < bound * float(before.abs().max())
+    model.zero_grad()
+    F.cross_entropy(after, y).backward()
+    producers, consumers = (
+        [model.get_submodule(name).get_parameter("weight").grad for name in names]
+        for names in (site.producers, site.consumers)
+    )
+    squares = [g[-units:] for g in producers if g is not None] + [g[:, -units:] for g in consumers if g is not None]
+    found = sum(float(part.square().sum()) for part in squares)
+    assert report.sites[0].predicted_gain == pytest.approx(found, rel=0.01)

@@ -43,7 +43,7 @@ class GradMax(How):
     twos, with the same small incoming weights and opposite outgoing ones; "auto": swap where the activation
     is a module, pairs where it is a function call; "epsilon": small incoming weights of norm `epsilon` times
     the mean norm of the present units' incoming weights (the paper's image runs: 1e-4), which changes the
-    output a little.
+    output a little; sqrt(eps) of that for each norm in series, which would blow it up (signed pairs' too).
 
     Costs one observed backward pass and a small SVD. Raises `GrowthError` where M is zero, where LayerNorm
     mixes the channels, where f(0) != 0, and for an odd number of units in pairs.
@@ -152,9 +152,9 @@ class GradMax(How):
         values = _values(found)[..., :count]
         norms = self._norms(newborns, values, count - known)
         if values.dim() == 2:
-            small = newborns.channels.into.spread(self.epsilon * newborns.part_norms("producer")[:, None])
+            small = newborns.channels.into.spread(newborns.small_part_norms(self.epsilon)[:, None])
         else:
-            small = self.epsilon * newborns.mean_norm("producer")
+            small = newborns.small_norm(self.epsilon)
         left = completed(newborns, found.left[:, :known], count - known, "consumer") * _entries(newborns, norms)
         right = completed(newborns, found.right[:, :known], count - known, "producer") * small
         attained = torch.linalg.vector_norm(values * norms[..., :known]) ** 2
