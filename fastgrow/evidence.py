@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from torch import nn
 
 from .costs import pricing, unit_costs
-from .names import find_module
+from .norm_series import evaluation_factor
 from .observation import Observation
-from .sites import Sites, unwrap
-from .stages import axes_of, live, live_part
+from .sites import Sites
 from .where import Evidence
 
-__all__ = ["evidence_of"]
+__all__ = ["evidence_of", "norm_factors"]
 
 
 def evidence_of(model: nn.Module, sites: Sites, seen: Observation | None, ranks: Mapping[str, float]) -> Evidence:
@@ -33,22 +32,12 @@ def evidence_of(model: nn.Module, sites: Sites, seen: Observation | None, ranks:
         unit_flops=unit_flops,
         parameters=parameters,
         flops=flops,
-        norm_factor=_norm_factors(model, sites),
+        norm_factor=norm_factors(model, sites),
         ranks=ranks,
         price=price,
     )
 
 
-def _norm_factors(model: nn.Module, sites: Sites) -> dict[str, float]:
-    """sqrt(eps / (running variance + eps)) of the batch norm behind each site, its channels' mean."""
-    factors = {}
-    for site in sites:
-        for norm in site.norms:
-            module = find_module(unwrap(model), norm.module)
-            variance = getattr(module, "running_var", None)
-            if norm.kind == "batch_norm" and module is not None and module.training and variance is not None:
-                variance = live_part(variance, live(axes_of(module).get("running_var", {})))
-                eps = float(module.eps)  # type: ignore[arg-type]
-                factors[site.name] = float((eps / (variance + eps)).sqrt().mean())
-                break
-    return factors
+def norm_factors(model: nn.Module, sites: Sites) -> dict[str, float]:
+    """What takes each site's singular values to evaluation mode; sites without norms are left out."""
+    return {site.name: evaluation_factor(model, sites, site) for site in sites if site.norms}

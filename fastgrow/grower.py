@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .arguments import as_list, choice, copies_of, instance, whole
 from .distributed import replicas_of
 from .errors import GrowthError
-from .evidence import evidence_of
+from .evidence import evidence_of, norm_factors
 from .gain import GainMeter
 from .grow import grow_observed, observe_closure, observing, wanted_units
 from .growth_map import check_mapped, check_untied
@@ -307,8 +307,8 @@ class Grower:
         return Observer(self.model, self.sites, nagn=_places(needs), **growth, **self._options)
 
     def _gains(self, seen: Observation) -> dict[str, float]:
-        """What growth would gain, relative to what the present parameters' gradient gains; nothing where that one
-        overflowed."""
+        """What growth would gain, in evaluation mode's units, relative to what the present parameters' gradient gains;
+        nothing where that one overflowed."""
         squares = [
             whole_tensor(p.grad.detach().float().square().sum())
             for p in unwrap(self.model).parameters()
@@ -318,7 +318,11 @@ class Grower:
         if not math.isfinite(present):
             return {}
         found = seen.all_directions()
-        return {name: float(d.values.square().sum()) / max(present, 1e-300) for name, d in found.items()}
+        factors = norm_factors(self.model, self.sites)
+        return {
+            name: float(d.values.double().mul(factors.get(name, 1.0)).square().sum()) / max(present, 1e-300)
+            for name, d in found.items()
+        }
 
     def _unit(self) -> float:
         """What the parameters' ``.grad`` must be divided by to be in the units of growth matrices."""

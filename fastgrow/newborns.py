@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .errors import GrowthError
 from .layout import Leaf, new_positions, restricted_size, unit_positions, whole_unit_positions
 from .members import Channels, Side
-from .names import find_module
+from .norm_series import amplification
 from .sites import Site, Sites, Slot, live_tensors
 from .solve import Directions
 from .units import gather
@@ -189,19 +189,50 @@ class Newborns:
     def outgoing_norm(self, scale: float, norm: str) -> Tensor | float:
         """The norm of a new outgoing column: `scale` ("fixed"), or `scale` times the mean norm of the present ones.
 
-        The latter is multiplied by sqrt(eps) for each batch norm in training mode that the units pass: it divides what
-        reaches units at zero by sqrt(eps) (316-fold at 1e-5; GradMax, App. C), and gives them variance 1 after their
-        first step, however small that was. So the gradient attained is that of a net without the norm, and the units'
-        outgoing weights grow with what they learn, where large ones would add their untrained values at once.
-        """
-        return scale if norm == "fixed" else self._behind_norms(scale) * self.mean_norm("consumer")
+        The latter is multiplied by sqrt(eps) for each norm in series on the units' way that takes a batch's statistics
+        (batch norm in training mode, instance and group norm): it divides what reaches units at zero by sqrt(eps)
+        (316-fold at 1e-5; GradMax, App. C), and gives them variance 1 after their first step, however small that was.
+        So the gradient attained is that of a net without the norms, and the units' outgoing weights grow with what they
+        learn, where large ones would add their untrained values at once. Norms side by side, as in the branches of a
+        residual stream, count once; where paths differ, that with the most counts (`norm_series.amplification`).
 
-    def _behind_norms(self, scale: float) -> float:
-        for passed in self.site.norms:
-            module = find_module(self.model, passed.module)
-            if passed.kind == "batch_norm" and module is not None and _takes_batch_statistics(module):
-                scale *= float(getattr(module, "eps", 1.0)) ** 0.5
-        return scale
+        Raises `GrowthError` where weights of that norm are too small for their dtype.
+        """
+        return scale if norm == "fixed" else self._behind_norms(scale, self.mean_norm("consumer"), "consumer")
+
+    def small_norm(self, share: float) -> Tensor:
+        """(): the norm of incoming weights that are to be small: `share` times the mean norm of the present units', and
+        sqrt(eps) of that for each norm in series, as of outgoing weights: behind the norms a unit is then as large as
+        it would be without them. Raises `GrowthError` as `outgoing_norm`."""
+        return self._behind_norms(share, self.mean_norm("producer"), "producer")
+
+    def small_part_norms(self, share: float) -> Tensor:
+        """(channels,): `small_norm` of each of a separate site's groups or members, from its own present units."""
+        return self._behind_norms(share, self.part_norms("producer"), "producer")
+
+    def _behind_norms(self, scale: float, present: Tensor, role: str) -> Tensor:
+        """`scale` times these norms of present units' weights, divided by what the norms multiply."""
+        factor = scale / self.amplification
+        norms = factor * present
+        least = max(torch.finfo(self.tensors[slot.tensor].dtype).tiny for slot in self.site.slots_of(role))
+        # No factor above the root brings weights of usual size there: then no device is waited for.
+        if self.amplification > 1 and factor < least**0.5:
+            layers = self.site.producers if role == "producer" else self.site.consumers
+            entries = sum(math.prod(self.shape(name, role)) for name in layers) // self.steps
+            smallest = float(norms.min()) / entries**0.5
+            if smallest < least:
+                remedy = "relu='swap'" if role == "producer" else "norm='fixed' and a scale"
+                raise GrowthError(
+                    f"site {self.site.name!r}: for the norms behind it new weights of its {role} {layers[0]!r} would "
+                    f"have entries of {smallest:.1e}, {scale:g} / {self.amplification:.1e} of the present ones, below "
+                    f"{least:.1e}, the least of their dtype; grow in evaluation mode, or give {remedy}"
+                )
+        return norms
+
+    @cached_property
+    def amplification(self) -> float:
+        """What the norms on the units' way multiply at zero: 1 / sqrt(eps) for each in series; 1.0 without any."""
+        return amplification(self.model, self.sites, self.site)
 
     @cached_property
     def channels(self) -> Channels:
@@ -221,14 +252,9 @@ class Newborns:
     def outgoing_part_norms(self, scale: float, norm: str) -> Tensor:
         """(channels,): `outgoing_norm` of each of a separate site's groups or members, from its own present units."""
         present = self.part_norms("consumer")
-        return torch.full_like(present, scale) if norm == "fixed" else self._behind_norms(scale) * present
+        return torch.full_like(present, scale) if norm == "fixed" else self._behind_norms(scale, present, "consumer")
 
     def incoming_part_norms(self, scale: float, norm: str) -> Tensor:
         """(channels,): the norm of a new unit's incoming weights in each of them: `scale` times the present ones'."""
         present = self.part_norms("producer")
         return torch.full_like(present, scale) if norm == "fixed" else scale * present
-
-
-def _takes_batch_statistics(norm: nn.Module) -> bool:
-    """Whether a batch norm's forward pass would use the batch's own mean and variance."""
-    return norm.training or getattr(norm, "running_mean", None) is None

@@ -69,9 +69,10 @@ class observe:
     loss_reduction: "mean" or "sum", of the batch loss over samples. loss_scale: a factor that the
     loss was multiplied by, or the GradScaler that did it: divided out of everything that is read.
     bias: count the producers' bias gradients as a column of M. signed: sites whose directions are wanted for signed
-    pairs behind a live ReLU, each with the norm of the new units' incoming weights, relative to the present ones' mean;
-    from there the layers between are linearised. solvers: name -> another way to solve every site (`SiteView`), read
-    by `Observation.solution`. unmapped: sites that only these solvers look at.
+    pairs behind a live ReLU, each with the norm of the new units' incoming weights, relative to the present ones' mean
+    and divided by what norms in series multiply; from there the layers between are linearised. solvers: name -> another
+    way to solve every site (`SiteView`), read by `Observation.solution`. unmapped: sites that only these solvers look
+    at.
 
     Any number of batches: they are weighted by their samples. Growth matrices of forward passes that one backward pass
     goes through (two views of a pair, the parts of a batch) add up, as the gradients of weights do; NAGN counts each of

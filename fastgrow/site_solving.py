@@ -29,7 +29,7 @@ class SiteSolving:
     """Solves sites from captures, each with its weight in M = sum_b weight_b M_b.
 
     rank: directions wanted of each site. signed: sites whose units come as signed pairs, and the norm of their
-    incoming weights relative to the present ones' mean.
+    incoming weights relative to the present ones' mean (`Newborns.small_norm`).
     """
 
     model: nn.Module
@@ -101,12 +101,12 @@ class SiteSolving:
 
     def _pairs(self, view: SiteView, plain: Directions, solver: Callable[..., list[Directions]]) -> Directions:
         newborns = Newborns(self.model, self.sites, view.site, view.site.step)
-        return signed_pairs(view, plain, self.signed[view.site.name] * newborns.mean_norm("producer"), solver=solver)
+        return signed_pairs(view, plain, newborns.small_norm(self.signed[view.site.name]), solver=solver)
 
     def _sizes(self, view: SiteView) -> Tensor:
         """(n, 1): the size of a new unit's incoming weights at each of their entries, channel by channel."""
         newborns = Newborns(self.model, self.sites, view.site, view.site.step)
-        norms = newborns.incoming_part_norms(self.signed[view.site.name], "mean")
+        norms = newborns.small_part_norms(self.signed[view.site.name])
         return newborns.side("producer").spread(norms[:, None])
 
     def _normed_together(self, site: Site) -> bool:

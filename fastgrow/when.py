@@ -236,7 +236,9 @@ class Gain(When):
     `gains` gives for each site the squared gradient norm that its new units would attain, ``sum_i s_i^2``
     (GradMax, eq. 11), divided by the squared norm of the gradient of the parameters there are: both
     predict the decrease of the loss per unit of learning rate, so the ratio has no unit and does not move
-    with the loss's scale. Growth is armed when the sum over sites is at least `threshold`.
+    with the loss's scale. Singular values behind batch norms in training mode are taken to evaluation mode
+    (`where.Evidence.norm_factor`): their gamma/sqrt(eps) is no gain. Growth is armed when the sum over sites is at
+    least `threshold`.
 
     every: measure on every so many steps; 1 observes the directions on each.
     Raises `GrowthError` for a negative `threshold`, `every` below 1, and a gain that is negative or not

@@ -94,7 +94,7 @@ def finish_kernel(
     geometry_ptr,
     sums_ptr,  # (total blocks,)
     counts_ptr,  # (total blocks,) elements
-    waiting_ptr,  # (total blocks,) 0: the rule holds, 1: born zero, 2: not looked at yet
+    waiting_ptr,  # (total blocks,) 0: the rule holds, 1: it waits, 2: it does if it is zero
     ratio_ptr,  # (total blocks,)
     adapt_ptr,  # (T,) int32
     FIELDS: tl.constexpr,

@@ -83,7 +83,7 @@ class BlockTable(ABC):
         """||W_dk||_F^2 of every block of the first list of tensors, into `out`.
 
         out: (total,) in `acc`. With `ratio` (same shape) also ||W_dk||_F / ||W_d0||_F, 1 for block 0, for
-        tensors whose `adapt` (T,) int32 is 0 and for blocks that `waiting` (total,) marks as born zero; a
+        tensors whose `adapt` (T,) int32 is 0 and for blocks that `waiting` (total,) marks (2: if it is zero); a
         block leaves that mark when its norm per element reaches block 0's.
         """
         self.launch("norms")

@@ -55,7 +55,8 @@ class Reference:
         for stage in one.blocks():
             if stage not in one.births:
                 one.births[stage] = one.step
-                one.waiting[stage] = not bool((one.value[one.stages == stage] != 0).any())
+                mine, seed = one.value[one.stages == stage], one.value[one.stages == 0]
+                one.waiting[stage] = bool(mine.square().mean() < seed.square().mean() / 32**2)
 
     def rate(self, one: One, stage: int) -> float:
         options = self.o.get("stage_options", {}).get(stage, {})

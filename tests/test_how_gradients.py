@@ -191,8 +191,24 @@ def test_tiny_starts_all_at_random_where_nothing_is_left() -> None:
     few, target = x[:5], y[:5]  # six present weights for five samples
     report = _grow(model, few, target, fg.how.TINY(), 2)
     assert report.sites[0].random_units == 2
-    assert report.sites[0].predicted_gain == 0
+    assert report.sites[0].predicted_gain is None  # their gradient is the matrix's that has been let go
     assert _new_gradient(model, few, target) > 0
+
+
+def test_gains_of_tinys_random_units_are_those_of_their_gradient() -> None:
+    model, x, y = _mlp()
+    few, target = x[:5], y[:5]
+    optimizer, sites = torch.optim.SGD(model.parameters(), lr=1.0), fg.find_sites(model, x)
+    closure = lambda: _loss(model, few, target)  # noqa: E731
+    report = fg.grow(
+        model, {"0": 2}, fg.how.TINY(), sites=sites, optimizer=optimizer, closure=closure, measure_gain=True
+    )
+    assert report.sites[0].random_units == 2
+    weights = _new_gradient(model, few, target)
+    bias = model[0].bias.grad
+    assert bias is not None
+    wanted = weights + float(bias[5:].square().sum())
+    assert report.sites[0].predicted_gain == pytest.approx(wanted, rel=1e-9)
 
 
 def test_where_reads_the_natural_directions() -> None:

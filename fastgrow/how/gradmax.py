@@ -30,11 +30,11 @@ class GradMax(How):
     The function stays what it was (activations with f(0) = 0).
 
     scale, norm: the norm of each new outgoing column: "mean": `scale` times the mean norm of the present
-    units' outgoing weights (the paper's experiments: 0.5 for images), behind a batch norm in training mode sqrt(eps)
-    times that (`Newborns.outgoing_norm`; App. C advises small weights there); "fixed": `scale` itself; "sigma": as
-    "mean" in total, divided among the columns in proportion to their singular values. A unit that has a channel in each
-    group of a grouped convolution, or in each member of a stack of matrices, takes these norms in each by itself: a
-    stack of networks grows as each network alone.
+    units' outgoing weights (the paper's experiments: 0.5 for images), sqrt(eps) times that for each batch norm in
+    training mode, instance or group norm that the units pass in series (`Newborns.outgoing_norm`; App. C advises small
+    weights there); "fixed": `scale` itself; "sigma": as "mean" in total, divided among the columns in proportion to
+    their singular values. A unit that has a channel in each group of a grouped convolution, or in each member of a
+    stack of matrices, takes these norms in each by itself: a stack of networks grows as each network alone.
     bias: count the gradient of the producers' biases as a column of M (the paper leaves it out); not of gated
     units and attention heads, nor in signed pairs of units that have a channel in each group or member: there the
     weights alone count.
@@ -43,7 +43,7 @@ class GradMax(How):
     twos, with the same small incoming weights and opposite outgoing ones; "auto": swap where the activation
     is a module, pairs where it is a function call; "epsilon": small incoming weights of norm `epsilon` times
     the mean norm of the present units' incoming weights (the paper's image runs: 1e-4), which changes the
-    output a little.
+    output a little; sqrt(eps) of that for each norm in series, which would blow it up (signed pairs' too).
 
     Costs one observed backward pass and a small SVD. Raises `GrowthError` where M is zero, where LayerNorm
     mixes the channels, where f(0) != 0, and for an odd number of units in pairs.
@@ -152,9 +152,9 @@ class GradMax(How):
         values = _values(found)[..., :count]
         norms = self._norms(newborns, values, count - known)
         if values.dim() == 2:
-            small = newborns.channels.into.spread(self.epsilon * newborns.part_norms("producer")[:, None])
+            small = newborns.channels.into.spread(newborns.small_part_norms(self.epsilon)[:, None])
         else:
-            small = self.epsilon * newborns.mean_norm("producer")
+            small = newborns.small_norm(self.epsilon)
         left = completed(newborns, found.left[:, :known], count - known, "consumer") * _entries(newborns, norms)
         right = completed(newborns, found.right[:, :known], count - known, "producer") * small
         attained = torch.linalg.vector_norm(values * norms[..., :known]) ** 2

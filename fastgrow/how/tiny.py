@@ -34,7 +34,8 @@ class TINY(How):
     project: take the present weights' share from the gradient first. What they leave may have a rank below the units
     asked for (0, where they could follow all of it: few samples, many weights). Units beyond it start at random:
     orthogonal outgoing columns of the same norm; with an amplitude random incoming weights of the present ones' mean
-    norm and outgoing zeros, for a step along a gradient of zero is none.
+    norm and outgoing zeros, for a step along a gradient of zero is none. Random columns attain a plain gradient that is
+    not known at birth: with any, the predicted gain is None (with measure_gain that of the gradient found).
 
     where.FirstOrderGain reads the same lambda_i. Costs one observed backward pass, a replay of every incoming
     weight and an n x n eigendecomposition. Raises `GrowthError` where GradMax does, for gates and heads, and for a
@@ -89,6 +90,7 @@ class TINY(How):
         return Start(
             outgoing=newborns.split(completed(newborns, left, random, "consumer") * target, "consumer"),
             captured=found.captured,
-            attained=float(found.slopes[:known].square().sum()) * target**2,
+            # What random columns attain is not known here: M has been let go.
+            attained=None if random else float(found.slopes[:known].square().sum()) * target**2,
             random=random,
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import GrowthError
 from ..stages import ROOM
 from . import fused
-from .blocks import Blocks, runs_of
+from .blocks import UNDECIDED, Blocks, born_small, runs_of
 from .entry import BlockNumbers, Entry, unwrap
 
 __all__ = ["Backend", "GrowingOptimizer", "State"]
@@ -27,7 +27,6 @@ Backend = Literal["auto", "triton", "cpu", "torch"]
 Group = dict[str, Any]
 State = dict[str, Any]
 
-_UNDECIDED = 2.0  # a block whose first norm, zero or not, has not been seen yet
 _STAGE_OPTIONS = {"lr": 1.0, "weight_decay": 0.0, "warmup": 0}
 
 
@@ -37,8 +36,10 @@ class GrowingOptimizer(torch.optim.Optimizer):
     rate_adaptation: block k of a weight takes the rate
     :math:`\eta_k = \eta_0 \|W_{\Delta k}\|_F / \|W_{\Delta 0}\|_F`, recomputed each step (eq. 5, Table 1 of
     "Accelerated Training via Incrementally Growing Neural Networks using Variance Transfer and Learning Rate
-    Adaptation"; Table 1's norm is a likely reading). Ours, an open reading: a block born zero takes
-    :math:`\eta_0` until its norm per element reaches block 0's, and 1-dimensional parameters always do.
+    Adaptation"; Table 1's norm is a likely reading). Ours, an open reading: a block born zero, or small (below 1/32 of
+    block 0's root mean square, as GradMax's outgoing weights behind a batch norm and the incoming ones of signed pairs:
+    the rule would all but freeze them), takes :math:`\eta_0` until its norm per element reaches block 0's, and
+    1-dimensional parameters always do.
     output_scale: an open reading of Table 1: the stage-0 block of the group's weights takes
     output_scale * lr; give the output layer its own group with 1 / C_{h,0}.
     stage_options: {stage: {"lr": factor, "weight_decay": value, "warmup": steps}}, as `set_stage`.
@@ -151,7 +152,7 @@ class GrowingOptimizer(torch.optim.Optimizer):
         born = {k for k in units if k not in known} if known else {k for k in units[-1:] if k > 0}
         state["stages"] = entry.stages
         state["births"] = {k: now if k in born else known.get(k, 0) for k in present}
-        state["waiting"] = [_UNDECIDED if k in born else flags.get(k, 0.0) for k in present]
+        state["waiting"] = [UNDECIDED if k in born else flags.get(k, 0.0) for k in present]
         self._reset()
 
     def set_stage(
@@ -385,8 +386,8 @@ class GrowingOptimizer(torch.optim.Optimizer):
         seed, counts = squares[0], entry.blocks.counts
         flags = state["waiting"]
         for k in range(1, len(numbers)):
-            if flags[k] == _UNDECIDED:
-                flags[k] = float(squares[k] == 0)
+            if flags[k] == UNDECIDED:
+                flags[k] = float(born_small(squares[k], counts[k], seed, counts[0]))
             if squares[k] * counts[0] >= seed * counts[k]:
                 flags[k] = 0.0
             if not flags[k] and seed > 0:

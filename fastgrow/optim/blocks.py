@@ -5,17 +5,33 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Blocks", "Part", "Runs", "Slab", "blocks_of", "runs_of"]
+__all__ = ["UNDECIDED", "Blocks", "Part", "Runs", "Slab", "blocks_of", "born_small", "runs_of"]
 
 Runs = list[list[int]]
 """A stage vector, run-length encoded: [[length, stage], ...]; plain numbers, which state_dict keeps."""
 
 _MIN_ROW = 64  # shortest contiguous row worth being one
 _MOST_RUNS = 8  # runs of columns that are taken one by one
+
+UNDECIDED = 2.0
+"""The flag of a block whose first norm, which says whether it waits, has not been seen yet."""
+
+_SMALL = 1 / 32
+
+
+def born_small(squares: Any, count: Any, seed_squares: Any, seed_count: Any) -> Any:
+    """Whether a block's root mean square is below 1/32 of block 0's; sums of squares and elements, numbers or tensors.
+
+    What begins small so as not to disturb the function is smaller: weights behind a batch norm by sqrt(eps) / 2 (1.6 %
+    for the eps of 1e-3 that some nets take, 0.16 % by default), incoming weights of signed pairs and outgoing ones of
+    Firefly by 1e-4. Starts of full size, variance transfer's too, are usually above a tenth.
+    """
+    return squares * seed_count < _SMALL**2 * (seed_squares * count)
 
 
 def runs_of(stages: Tensor) -> Runs:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..kernels import block_update_cpu
 from ..kernels.block_table import SCALARS, BlockTable
-from .blocks import Blocks
+from .blocks import UNDECIDED, Blocks, born_small
 from .entry import Steps
 
 __all__ = ["SCALARS", "Batch", "EtaSums", "Route", "refusal"]
@@ -106,6 +106,7 @@ class Batch:
         flat = [flag for flags in self._flags for flag in flags]
         self.waiting = torch.tensor(flat, dtype=acc, device=device)
         self._unsettled = any(flat)
+        self._undecided = UNDECIDED in flat
 
     def holds(self, parameters: Sequence[Tensor], states: Sequence[dict[str, Any]], made_for: object) -> bool:
         """Whether the batch was made for these very parameters, of the stages and laid out as they are now."""
@@ -147,8 +148,22 @@ class Batch:
     def refresh(self) -> bool:
         """Make the ratios those of the parameters as they are; whether the step is to leave new ones."""
         if self.adapts and self._stamp != self._now():
-            self.table.norms(self.sums, self.ratio, self.waiting, self.adapt)
+            if self._undecided:
+                self._decide()
+            else:
+                self.table.norms(self.sums, self.ratio, self.waiting, self.adapt)
         return self.adapts
+
+    def _decide(self) -> None:
+        """The first norms of blocks that were just born: which of them wait, told without waiting for a GPU."""
+        self.table.norms(self.sums)
+        bases = torch.tensor(self.table.bases)
+        seeds = bases[:-1].repeat_interleave(bases.diff()).to(self.table.device, non_blocking=True)
+        counts = self.table.counts
+        small = born_small(self.sums, counts, self.sums[seeds], counts[seeds]).to(self.waiting.dtype)
+        self.waiting.copy_(torch.where(self.waiting == UNDECIDED, small, self.waiting))
+        self.table.finish(self.table.partial, self.sums, self.ratio, self.waiting, self.adapt)
+        self._undecided = False
 
     def finish(self) -> None:
         """Behind the update kernel: turn its partial sums into the next step's ratios."""

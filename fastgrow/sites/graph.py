@@ -113,6 +113,7 @@ class Followed:
     tensor_dims: Mapping[str, tuple[Layout, ...]]
     calls: tuple[LayerCall, ...]
     chains: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # site -> its middle, once read
+    norm_series: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # site -> its norms, once read
 
     @functools.cached_property
     def samples_at(self) -> dict[str, int]:

@@ -48,10 +48,12 @@ class Evidence:
     parameters: int = 0
     flops: float = 0.0
     norm_factor: Mapping[str, float] = field(default_factory=dict)
-    """What a site's singular values are multiplied by to stand for evaluation mode; 1 where missing.
+    """What singular values of a site's growth matrix are multiplied by to stand for evaluation mode; 1 where missing.
 
-    A batch norm measured in training mode multiplies a new channel's gradient by gamma/sqrt(eps), in
-    evaluation mode by gamma/sqrt(running_var + eps): the factor is sqrt(eps/(running_var + eps)).
+    A batch norm measured in training mode multiplies a new channel's gradient by gamma/sqrt(eps), in evaluation mode by
+    gamma/sqrt(running_var + eps): the factor is sqrt(eps/(running_var + eps)), multiplied over the norms in series (of
+    norms without a running variance, instance and group norms too, with that of new channels, 1). Values of TINY's
+    matrix need none: what the norms multiply, the covariance divides by.
     """
     ranks: Mapping[str, float] = field(default_factory=dict)
     """`effective_dimension` of each site's activations or weights."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Literal
 
 from typing_extensions import Unpack
 
@@ -11,16 +11,15 @@ from ..arguments import choice, number, whole
 from ..errors import GrowthError
 from ..sites.site import Site
 from .base import Where
-from .evidence import Evidence, Spectrum
+from .evidence import Evidence
 from .limits import COSTS, Cost, LimitOptions, Limits
 
 __all__ = ["FirstOrderGain", "SingularValues"]
 
 
-def _squares(
-    policy: Where, evidence: Evidence, source: Callable[[int], Mapping[str, Spectrum]] | None, name: str
-) -> dict[str, list[float]]:
+def _squares(policy: Where, evidence: Evidence, name: Literal["directions", "natural"]) -> dict[str, list[float]]:
     """Site name -> its squared singular values, largest first, in evaluation mode's units."""
+    source = evidence.directions if name == "directions" else evidence.natural
     if source is None:
         raise GrowthError(
             f"where.{type(policy).__name__}: {name} were not observed; wanted Evidence.{name}, from a "
@@ -32,6 +31,8 @@ def _squares(
         if site.name not in found:
             continue
         factor = number("where", f"norm_factor[{site.name!r}]", evidence.norm_factor.get(site.name, 1.0), least=0)
+        if name == "natural":  # whitened by what stands behind the norms, it has their scale no more
+            factor = 1.0
         values = found[site.name].values.double()
         if not bool(values.isfinite().all()):
             raise GrowthError(f"site {site.name!r}: its growth matrix has singular values that are not finite")
@@ -46,7 +47,8 @@ class SingularValues(Where):
     taken from the top until a budget is spent, so the spectra say where and how many. By GradMax, eq. 11,
     s_i^2 is the squared gradient norm that a unit of norm 1 attains. Where units come in several, a step
     counts with the sum of its s_i^2. Values behind batch norms measured in training mode are taken to
-    evaluation mode by `Evidence.norm_factor`: in training mode their gamma/sqrt(eps) would always win.
+    evaluation mode by `Evidence.norm_factor`: in training mode their gamma/sqrt(eps), to the power of the norms in
+    series, would always win.
 
     units: of the whole network, in one growth; may be left out where `budget=` has "units", "parameters"
     or "flops".
@@ -83,7 +85,7 @@ class SingularValues(Where):
         return int(min((value for value in ceilings if value is not None), default=width))
 
     def allocate(self, evidence: Evidence) -> dict[str, int]:
-        squares = _squares(self, evidence, evidence.directions, "directions")
+        squares = _squares(self, evidence, "directions")
         pool: list[tuple[float, str, int]] = []
         for site in evidence.sites:
             width = evidence.widths[site.name]
@@ -117,7 +119,8 @@ class FirstOrderGain(Where):
     best: how many sites grow, those with the largest gain; None for all.
     threshold: units with ``s_i < threshold * s_max`` are not added, s_max the largest of all sites, so
     the scale of the loss changes nothing.
-    whitened: False reads GradMax's directions instead, the gain in the plain gradient's metric.
+    whitened: False reads GradMax's directions instead, the gain in the plain gradient's metric, taken to evaluation
+    mode behind batch norms as `SingularValues` does; the whitened matrix has nothing of their scale in any mode.
 
     Raises `GrowthError` for arguments out of range, and for values that were not observed or not finite.
     """
@@ -142,10 +145,7 @@ class FirstOrderGain(Where):
         return self.amount
 
     def allocate(self, evidence: Evidence) -> dict[str, int]:
-        if self.whitened:
-            squares = _squares(self, evidence, evidence.natural, "natural")
-        else:
-            squares = _squares(self, evidence, evidence.directions, "directions")
+        squares = _squares(self, evidence, "natural" if self.whitened else "directions")
         largest = max((values[0] for values in squares.values() if values), default=0.0)
         wish, gains = {}, {}
         for name, values in squares.items():
