@@ -37,7 +37,8 @@ def find_sites(
     is left as it was found.
 
     model: any module, also behind ``torch.compile`` or DistributedDataParallel, or wrapped by ``fully_shard``.
-    example_inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments).
+    example_inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments). Batches of other sizes may
+    be observed: where directions depend on the sizes (masks, positions), the model is exported once more for each.
     include, exclude: name patterns (``fnmatch``) of the sites wanted, or of any of their producers.
     raises: GrowthError where the model cannot be exported, or where a pattern matches nothing.
     """

@@ -313,6 +313,35 @@ def test_autocast_at_other_sizes() -> None:
     assert_same(*results)
 
 
+class Scaled(nn.Module):
+    """Divides by the number of samples: a number or a tensor in the graph; between layers, or stacks of them."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.first, self.second = nn.Parameter(torch.randn(4, 5, 8)), nn.Parameter(torch.randn(4, 8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "stack":
+            h = torch.einsum("ngi,gio->ngo", x[:, None].expand(-1, 4, -1), self.first)
+            return torch.einsum("ngi,gio->ngo", F.relu(h) / len(x), self.second)
+        h = F.gelu(self.a(x))
+        return self.b(h / len(x) if self.how == "number" else h * torch.tensor([1.0 / len(x)]))
+
+
+@pytest.mark.parametrize("how", ["number", "tensor", "stack"])
+def test_numbers_computed_from_the_batch_size(how: str) -> None:
+    torch.manual_seed(0)
+    model, x = Scaled(how), torch.randn(7, 5)
+    sites, own = fg.find_sites(model, x[:3]), fg.find_sites(model, x)
+    found, wanted = (directions(model, each, {"x": x}) for each in (sites, own))
+    assert found.keys() == wanted.keys()
+    for name, each in wanted.items():
+        bound = tolerance(torch.float32, 7 * 8) * float(each.values[0])
+        assert float((found[name].values - each.values).abs().max()) <= bound
+
+
 class Choosy(nn.Module):
     """Looks at values, which no export follows, when a batch has not the usual size."""
 

@@ -24,7 +24,7 @@ from ..sites import Followed, Site, Sites, argument_paths, follow
 from ..sites.nodes import bind, plain_name
 from .reads import nodes_read
 
-__all__ = ["Traced", "graph_of"]
+__all__ = ["Traced", "graph_of", "same_shapes", "sizeless"]
 
 _KEPT = 8  # graphs beside that of the example inputs
 
@@ -52,19 +52,16 @@ def graph_of(
     """The graph to replay a site with, for a call of the model with these tensors, each by its place.
 
     It is that of the example inputs where all shapes agree, or where nothing that the replay works out depends on the
-    batch size, the only thing that differs. Otherwise the model is traced again as it was called (`torch.export`, a
-    fraction of a second; the last few graphs are kept with the sites), and is left as it was.
+    batch size, the only thing that differs. Otherwise the model is traced again as it was called (`torch.export`, as
+    long as finding the sites took; the last few graphs are kept with them), and is left as it was.
 
     call: the positional and keyword arguments, whose tensors give way to ``arguments``. tracing: False where the model
-    cannot be traced now, within a backward pass.
+    is not to be traced now, within a backward pass.
     raises: GrowthError where the model cannot be traced at these sizes, or where the site is another one there.
     """
     graph = sites.graph
     assert graph is not None
-    if not graph.trace.paths or not arguments:  # chains named by hand, or a part of the model called on its own
-        return Traced(graph, site)
-    shapes = {place: tuple(tensor.shape) for place, tensor in arguments.items()}
-    if shapes == graph.shapes or _serves(graph, site, shapes):
+    if same_shapes(graph, arguments) or _serves(graph, site, _shapes(arguments)):
         return Traced(graph, site)
     if call is None:
         raise _refusal(sites, site, arguments, "the call that it was given to is not known")
@@ -73,6 +70,23 @@ def graph_of(
 
 
 # -- whether the graph of the example inputs serves ------------------------------------------------------------
+
+
+def same_shapes(graph: Followed, arguments: Mapping[str, Tensor]) -> bool:
+    """Whether a call's tensors are those of the example inputs in all but their values.
+
+    Nothing is known of the arguments of chains named by hand, and of a part of the model that was called on its own.
+    """
+    return not graph.trace.paths or not arguments or _shapes(arguments) == graph.shapes
+
+
+def sizeless(node: Node) -> bool:
+    """Whether an elementwise op holds no number that may have been computed from the inputs' sizes."""
+    return plain_name(node) in _SIZELESS
+
+
+def _shapes(arguments: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {place: tuple(tensor.shape) for place, tensor in arguments.items()}
 
 
 _PER_SAMPLE = frozenset(
@@ -84,9 +98,9 @@ _PER_SAMPLE = frozenset(
 """Ops whose numbers are those of layers, as long as the first dimension is that of the samples."""
 _SIZELESS = frozenset(
     "layer_norm rms_norm relu relu6 hardtanh leaky_relu prelu gelu silu tanh sigmoid elu selu celu mish softplus "
-    "hardswish hardsigmoid log_sigmoid softsign dropout feature_dropout alpha_dropout feature_alpha_dropout "
-    "native_dropout contiguous clone alias detach to _to_copy type_as permute transpose t mT movedim unsqueeze neg exp "
-    "rsqrt sqrt square _assert_tensor_metadata".split()
+    "hardswish hardsigmoid log_sigmoid softsign threshold rrelu hardshrink softshrink tanhshrink dropout "
+    "feature_dropout alpha_dropout feature_alpha_dropout native_dropout contiguous clone alias detach to _to_copy "
+    "type_as permute transpose t mT movedim unsqueeze neg exp rsqrt sqrt square _assert_tensor_metadata".split()
 )
 """Ops that say the same of tensors of any size."""
 _CUTS = frozenset("cat chunk split split_with_sizes tensor_split slice narrow select".split())
@@ -113,16 +127,16 @@ def _serves(graph: Followed, site: Site, shapes: Mapping[str, tuple[int, ...]]) 
     read = nodes_read(graph, site)
     if any(graph.inputs[place] in read for place in known.keys() - shapes.keys()):
         return False
-    worked_out = [*middle, *(node for node in read if node.op != "placeholder")]
+    worked_out = [*middle, *(node for node in read if node.op != "placeholder" or node.name in graph.trace.constants)]
     if shapes.keys() != known.keys() and any(plain_name(node) in _MIXING for node in worked_out):
         return False
-    return all(_sizeless(graph, node, samples) for node in worked_out)
+    return all(_serves_op(graph, node, samples) for node in worked_out)
 
 
-def _sizeless(graph: Followed, node: Node, samples: set[int]) -> bool:
+def _serves_op(graph: Followed, node: Node, samples: set[int]) -> bool:
     """Whether an op says the same of more samples, or fewer."""
     kind = plain_name(node)
-    if kind in _SIZELESS or kind in _MIXING or kind == "getitem":
+    if sizeless(node) or kind in _MIXING or kind == "getitem":
         return True
     source = next(iter(node.all_input_nodes), None)
     if source is None:
@@ -170,7 +184,7 @@ def _at(
         kept[key] = found = kept.pop(key)  # the last to go
         return found
     if not tracing:
-        raise _refusal(sites, site, arguments, "it cannot be traced within a backward pass")
+        raise _refusal(sites, site, arguments, "it is not traced within a backward pass")
     try:
         graph, sizes = _trace(model, sites.graph, arguments, call)
     except GrowthError as error:
@@ -293,9 +307,9 @@ def _refusal(sites: Sites, site: Site, arguments: Mapping[str, Tensor], reason: 
     assert sites.graph is not None
 
     def shown(shapes: Mapping[str, tuple[int, ...]]) -> str:
-        return ", ".join(f"{place} {tuple(shape)}" for place, shape in shapes.items()) or "no tensors"
+        return ", ".join(f"{place} {shape}" for place, shape in shapes.items())
 
-    seen = shown({place: tuple(tensor.shape) for place, tensor in arguments.items()})
+    seen = shown(_shapes(arguments))
     return GrowthError(
         f"site {site.name!r}: what lies between its layers depends on the inputs' sizes; it was found with "
         f"{shown(sites.graph.shapes)}, the batch has {seen}, and the model cannot be followed there: {reason}. "
