@@ -163,7 +163,8 @@ class Replicas:
 
         joined: the batches that the ranks saw at the same time are one, as SyncBatchNorm saw them.
         """
-        mine = ([capture.to("cpu") for capture in captures], list(weights))
+        # What else a rank's model was called with may be anything: all ranks call it alike.
+        mine = ([dataclasses.replace(capture.to("cpu"), call=None) for capture in captures], list(weights))
         every: list[Any] | None = [None] * self.size if self.rank == 0 else None
         dist.gather_object(mine, every, self._first, group=self.group)
         found: Directions | None = None
@@ -172,6 +173,8 @@ class Replicas:
                 pooled = [(capture.to(self.device), w) for part in every for capture, w in zip(*part, strict=True)]
                 if joined:
                     pooled = [(_joined(pooled[at :: len(captures)]), 1.0) for at in range(len(captures))]
+                call = captures[0].call if captures else None
+                pooled = [(dataclasses.replace(capture, call=call), weight) for capture, weight in pooled]
                 found = _moved(function(*zip(*pooled, strict=True)), "cpu")
         return _moved(self.first(found), self.device)
 
@@ -293,19 +296,18 @@ def _joined(parts: Sequence[tuple[Capture, float]]) -> Capture:
     first = parts[0][0]
     inputs = {key: torch.cat([part.inputs[key] for part, _ in parts]) for key in first.inputs}
     gradients = {key: torch.cat([weight * part.gradients[key] for part, weight in parts]) for key in first.gradients}
-    columns = zip(*(part.arguments for part, _ in parts), strict=True)
-    arguments = tuple(_joined_argument(column, first) for column in columns)
+    arguments = {
+        place: _joined_argument([part.arguments[place] for part, _ in parts if place in part.arguments], first)
+        for place, one in first.arguments.items()
+        if not (first.flat and one.dim() == 1)  # offsets count from the start of each rank's own text
+    }
     samples = sum(part.samples for part, _ in parts)
-    return Capture(samples, inputs, gradients, first.called, arguments, first.flat)
+    return dataclasses.replace(first, samples=samples, inputs=inputs, gradients=gradients, arguments=arguments)
 
 
-def _joined_argument(column: Sequence[Tensor | None], first: Capture) -> Tensor | None:
-    one = column[0]
-    if one is None or not one.dim():
-        return one
-    if first.flat and one.dim() == 1:  # offsets count from the start of each rank's own text
-        return None
-    return torch.cat([part for part in column if part is not None]) if len(one) == first.samples else one
+def _joined_argument(parts: Sequence[Tensor], first: Capture) -> Tensor:
+    one = parts[0]
+    return torch.cat(list(parts)) if one.dim() and len(one) == first.samples else one
 
 
 def _moved(found: Directions, device: torch.device | str) -> Directions:

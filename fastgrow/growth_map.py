@@ -13,7 +13,7 @@ from .errors import GrowthError
 from .layout import Leaf
 from .names import find_module
 from .operators import ConvFlattenLinearPair, ConvPair, LinearMap, LinearPair, StackedPair
-from .replay import Capture, ReplayMap, derivative_from_the_right
+from .replay import Capture, ReplayMap, derivative_from_the_right, same_shapes, sizeless
 from .site_data import SiteData, summed
 from .sites import LayerCall, Site, Sites
 from .sites.nodes import bind, conv_padding, module_of, plain_name, short_name
@@ -34,6 +34,7 @@ class Chain:
     consumer: LayerCall
     slope: float  # of the middle at zero, without the norm
     norm: Node | None
+    sized: bool = False  # the slope holds numbers that may have been computed from the sizes of the inputs
 
     @cached_property
     def letters(self) -> tuple[str, str, str]:
@@ -71,14 +72,14 @@ def plain_chain(sites: Sites, site: Site) -> Chain | None:
     if {producer.kind, consumer.kind} - {"linear", "conv"} and {producer.kind, consumer.kind} != {"stacked"}:
         return None
     inside = set(site.middle)
-    node, slope, norm = producer.node, 1.0, None
+    node, slope, norm, sized = producer.node, 1.0, None, False
     for _ in site.middle:
         followers = [user for user in node.users if user.name in inside or user is consumer.node]
         if len(followers) != 1 or any(user.op == "output" for user in node.users):
             return None
         node = followers[0]
         if node is consumer.node:
-            return Chain(producer, consumer, slope, norm) if _fits(sites, site, producer, consumer) else None
+            return Chain(producer, consumer, slope, norm, sized) if _fits(sites, site, producer, consumer) else None
         kind = plain_name(node)
         if kind in _PASSES:
             continue
@@ -96,6 +97,7 @@ def plain_chain(sites: Sites, site: Site) -> Chain | None:
                 "how.ZeroOutgoing"
             )
         slope *= derivative
+        sized = sized or not sizeless(node)
     return None
 
 
@@ -196,6 +198,9 @@ def growth_map(data: SiteData) -> LinearMap:
 
 
 def _pair(data: SiteData, chain: Chain, capture: Capture, weight: float) -> LinearMap | None:
+    assert data.sites.graph is not None
+    if chain.sized and not same_shapes(data.sites.graph, capture.arguments):
+        return None
     h = _seen(capture.inputs, chain.producer.name, "was not called in the forward pass")
     dz = _seen(capture.gradients, chain.consumer.name, "received no gradient; the loss must depend on it")
     bias = data.bias and chain.producer.bias is not None
@@ -242,7 +247,8 @@ def stacked_pairs(data: SiteData) -> list[StackedPair]:
     if chain is None:
         return []
     pairs = [_pair(data, chain, *batch) for batch in data.batches()]
-    return [pair for pair in pairs if isinstance(pair, StackedPair)]
+    found = [pair for pair in pairs if isinstance(pair, StackedPair)]
+    return found if len(found) == len(pairs) else []  # one batch has another middle: a replay of all of them
 
 
 def _seen(tensors: dict[tuple[str, int], Tensor], name: str, missing: str) -> Tensor:

@@ -273,7 +273,7 @@ class observe:
         batch = self._new_batch()
         given = {p: leaf for p, leaf in argument_paths(self.model, args, kwargs) if isinstance(leaf, Tensor)}
         graph = self.sites.graph
-        batch.capture.arguments = tuple(given.get(path) for path in graph.trace.paths) if graph is not None else ()
+        batch.capture.arguments, batch.capture.call = given, (args, kwargs)
         path, first = next(((p, tensor) for p, tensor in given.items() if tensor.dim()), ("", None))
         along = graph.samples_at.get(path, 0) if graph is not None else 0
         batch.capture.samples = 1 if first is None else first.shape[along]

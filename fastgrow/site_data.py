@@ -19,7 +19,7 @@ __all__ = ["SiteData", "summed"]
 class SiteData:
     """captures: one for each batch, with its weight in M = sum_b weight_b M_b.
 
-    bias: whether the producers' biases are a column of M.
+    bias: whether the producers' biases are a column of M. tracing: the model may be traced at a batch's sizes.
     """
 
     model: nn.Module
@@ -28,6 +28,7 @@ class SiteData:
     captures: Sequence[Capture]
     weights: Sequence[float]
     bias: bool = False
+    tracing: bool = True
 
     @property
     def samples(self) -> int:
@@ -39,7 +40,7 @@ class SiteData:
 
     def replay(self, capture: Capture, **options: Any) -> Replay:
         """The middle of the site on new units, for one batch; options: those of `Replay`."""
-        return Replay(self.model, self.sites, self.site, capture, **options)
+        return Replay(self.model, self.sites, self.site, capture, tracing=self.tracing, **options)
 
     def maps(self, base: Tensor | None = None, *, live: bool = False) -> list[ReplayMap]:
         """M by replay, batch by batch, around these incoming weights."""

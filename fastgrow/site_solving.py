@@ -41,10 +41,13 @@ class SiteSolving:
     _maps: dict[str, LinearMap] = field(default_factory=dict)
 
     def directions(
-        self, targets: Sequence[Site], captures: Sequence[Capture], weights: Sequence[float]
+        self, targets: Sequence[Site], captures: Sequence[Capture], weights: Sequence[float], *, tracing: bool = True
     ) -> dict[str, Directions]:
-        """The leading directions of every target, all plain ones solved together."""
-        views = {site.name: self._view(site, captures, weights) for site in targets}
+        """The leading directions of every target, all plain ones solved together.
+
+        tracing: the model may be traced at a batch's sizes; an error where it may not and must be.
+        """
+        views = {site.name: replace(self._view(site, captures, weights), tracing=tracing) for site in targets}
         apart = {site.name for site in targets if has_blocks(site) or self._normed_together(site)}
         whole = [view for name, view in views.items() if name not in apart]
         solved = solve if self.replicas is None else self.replicas.solve
@@ -88,7 +91,8 @@ class SiteSolving:
     def _view(
         self, site: Site, captures: Sequence[Capture], weights: Sequence[float], known: LinearMap | None = None
     ) -> SiteView:
-        return SiteView(self.model, self.sites, site, captures, weights, self.bias, self.rank[site.name], known)
+        rank = self.rank[site.name]
+        return SiteView(self.model, self.sites, site, captures, weights, self.bias, rank=rank, known=known)
 
     def _alone(self, view: SiteView) -> Directions:
         """One site's directions from these tensors and no others."""

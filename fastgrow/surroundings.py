@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
 
-__all__ = ["as_called", "set_aside"]
+__all__ = ["as_called", "callers_device", "set_aside"]
 
 _KINDS = ("cpu", "cuda")
 _Result = TypeVar("_Result")
+_set_aside: list[torch.device] = []  # default devices, the caller's first
 
 
 @contextmanager
@@ -21,9 +22,16 @@ def set_aside() -> Iterator[None]:
         for kind in _KINDS:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        if torch.get_default_device().type != "cpu":
+        if (device := torch.get_default_device()).type != "cpu":
+            _set_aside.append(device)
+            stack.callback(_set_aside.pop)
             stack.enter_context(torch.device("cpu"))
         yield
+
+
+def callers_device() -> AbstractContextManager[object]:
+    """The default device that was set aside, for code of the model inside."""
+    return _set_aside[0] if _set_aside else nullcontext()
 
 
 def as_called(closure: Callable[[], _Result]) -> Callable[[], _Result]:

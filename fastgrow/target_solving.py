@@ -123,11 +123,13 @@ class TargetSolving:
             assert isinstance(batch.readings.scale, float)
             weights.append(1.0 / batch.readings.scale)  # one loss, of all samples
         with torch.no_grad(), set_aside():
-            self._solve([site], [batch.capture for batch in batches], weights)
+            self._solve([site], [batch.capture for batch in batches], weights, tracing=False)
 
-    def _solve(self, targets: list[Site], captures: Sequence[Capture], weights: Sequence[float]) -> None:
+    def _solve(
+        self, targets: list[Site], captures: Sequence[Capture], weights: Sequence[float], *, tracing: bool = True
+    ) -> None:
         mapped = [site for site in targets if site.name not in self._unmapped]
-        directions = self._solving.directions(mapped, captures, weights)
+        directions = self._solving.directions(mapped, captures, weights, tracing=tracing)
         found = {name: self._solving.by(solver, targets, captures, weights) for name, solver in self._solvers.items()}
         self._solving.forget()
         self._directions.update(directions)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,13 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .arguments import instance
 from .edits import attribute_edits
+from .fake import fake_copy, fake_inputs, for_export
 from .layout import size
 from .nn import attention_traced
 from .room import has_room
-from .sharded import as_written, wrapped_modules
-from .sites import Sites, as_call, discover, open_outputs, tensors_of, unwrap, without_hooks
+from .sites import Sites, as_call, discover, open_outputs
 
-__all__ = ["fake_copy", "find_sites", "forward_flops", "trial"]
+__all__ = ["find_sites", "forward_flops", "trial"]
 
 
 def find_sites(
@@ -38,14 +37,12 @@ def find_sites(
     is left as it was found.
 
     model: any module, also behind ``torch.compile`` or DistributedDataParallel, or wrapped by ``fully_shard``.
-    example_inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments).
+    example_inputs: a tensor, a tuple (positional arguments) or a dict (keyword arguments). Batches of other sizes may
+    be observed: where directions depend on the sizes (masks, positions), the model is exported once more for each.
     include, exclude: name patterns (``fnmatch``) of the sites wanted, or of any of their producers.
     raises: GrowthError where the model cannot be exported, or where a pattern matches nothing.
     """
-    exported, inputs = instance("find_sites", "model", model, nn.Module), example_inputs
-    if wrapped_modules(model):  # no export follows sharded parameters; shapes are all that it needs
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        exported, inputs = fake_copy(model, mode), _fake(mode, example_inputs)
+    exported, inputs = for_export(instance("find_sites", "model", model, nn.Module), example_inputs)
     sites = _without_room(model, discover(exported, inputs, include=include, exclude=exclude))
     if not sites:
         return sites
@@ -72,34 +69,8 @@ def _without_room(model: nn.Module, sites: Sites) -> Sites:
     return dataclasses.replace(sites, items=items, left_out=left_out)
 
 
-def fake_copy(model: nn.Module, mode: FakeTensorMode, shapes: Mapping[str, Sequence[int]] | None = None) -> nn.Module:
-    """The model's modules with tensors that have shapes and no values; hooks are left behind.
-
-    shapes: those that differ from the model's, by state-dict name.
-    """
-    inner = unwrap(model)
-    shapes = shapes or {}
-    memo: dict[int, Any] = {}
-    with mode:
-        for name, tensor in tensors_of(inner).items():
-            if id(tensor) not in memo or name in shapes:
-                shape = shapes.get(name, tensor.shape)
-                fake = torch.empty(tuple(shape), dtype=tensor.dtype, device=tensor.device)
-                memo[id(tensor)] = nn.Parameter(fake, False) if isinstance(tensor, nn.Parameter) else fake
-        for module in inner.modules():  # what hooks computed (pruning): not to be copied, as it has a history
-            for value in vars(module).values():
-                if isinstance(value, Tensor):
-                    memo[id(value)] = torch.empty(tuple(value.shape), dtype=value.dtype, device=value.device)
-    with without_hooks(inner), as_written(inner):
-        return copy.deepcopy(inner, memo)
-
-
-def _fake(mode: FakeTensorMode, tensors: Any) -> Any:
-    return pytree.tree_map_only(Tensor, lambda t: mode.from_tensor(t.detach(), static_shapes=True), tensors)
-
-
 def _run(model: nn.Module, mode: FakeTensorMode, example_inputs: Any) -> list[tuple[int, ...]]:
-    args, kwargs = _fake(mode, as_call(example_inputs))
+    args, kwargs = fake_inputs(mode, as_call(example_inputs))
     with mode, torch.no_grad(), attention_traced(model):
         output = model(*args, **kwargs)
     return [tuple(t.shape) for t in pytree.tree_leaves(open_outputs(output)) if isinstance(t, Tensor)]

@@ -106,11 +106,11 @@ def test_a_site_that_cannot_be_solved_is_told_at_the_end_of_the_block(monkeypatc
     model, (x, y) = chain(), batch()
     sites, plain, tried = fg.find_sites(model, x), SiteSolving.directions, []
 
-    def refusing(self: SiteSolving, targets: Sequence[Site], *rest: Any) -> dict[str, Directions]:
+    def refusing(self: SiteSolving, targets: Sequence[Site], *rest: Any, **options: Any) -> dict[str, Directions]:
         tried.append([site.name for site in targets])
         if "2" in tried[-1]:
             raise fg.GrowthError("site '2': not today")
-        return plain(self, targets, *rest)
+        return plain(self, targets, *rest, **options)
 
     monkeypatch.setattr(SiteSolving, "directions", refusing)
     watching = fg.observe(model, sites, rank=2)

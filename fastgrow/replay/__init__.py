@@ -4,6 +4,7 @@ from .activations import derivative_from_the_right
 from .map import ReplayMap, consumer_gradient, consumer_pullback
 from .middle import Capture, Replay
 from .reads import tensors_read
+from .retrace import same_shapes, sizeless
 
 __all__ = [
     "Capture",
@@ -12,5 +13,7 @@ __all__ = [
     "consumer_gradient",
     "consumer_pullback",
     "derivative_from_the_right",
+    "same_shapes",
+    "sizeless",
     "tensors_read",
 ]

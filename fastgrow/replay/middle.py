@@ -36,8 +36,10 @@ from ..sites.nodes import bind, is_rms, module_of, plain_name, shape_of, short_n
 from ..stages import edited_attributes
 from .activations import expected, live_at_zero, out_of_place
 from .linear import linear_slopes, route_of_zeros
+from .reads import input_node
+from .retrace import graph_of
 
-__all__ = ["Capture", "Replay", "input_node"]
+__all__ = ["Capture", "Replay"]
 
 _VIEWS = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "expand", "view_as", "reshape_as"}
 _IDENTITIES = {
@@ -60,7 +62,8 @@ class Capture:
     inputs: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # of producers
     gradients: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # at consumers' outputs
     called: set[tuple[str, int]] = field(default_factory=set)  # consumers whose outputs a gradient could have reached
-    arguments: tuple[Tensor | None, ...] = ()  # the tensors that the model was called with, in the graph's order
+    arguments: dict[str, Tensor] = field(default_factory=dict)  # the tensors that the model was called with, by place
+    call: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # what it was called with, positional and by name
     flat: bool = False  # samples are the bags of a flat text: rows of one-dimensional arguments are none
 
     def of(self, layers: Collection[str]) -> Capture:
@@ -80,7 +83,7 @@ class Capture:
             self,
             inputs=inputs,
             gradients=gradients,
-            arguments=tuple(None if tensor is None else tensor.to(device) for tensor in self.arguments),
+            arguments={place: tensor.to(device) for place, tensor in self.arguments.items()},
         )
 
 
@@ -89,7 +92,8 @@ class Replay:
 
     live: activations as they are, for units that start away from zero; otherwise with their derivative
     from the right at zero. present: the site's own units, all of them, in place of new ones. surrogates:
-    activations, by the name of their ATen op, that are replaced.
+    activations, by the name of their ATen op, that are replaced. tracing: the model may be traced at this batch's sizes
+    (`graph_of`).
     """
 
     def __init__(
@@ -102,23 +106,25 @@ class Replay:
         live: bool = False,
         present: bool = False,
         surrogates: Mapping[str, Callable[..., Tensor]] | None = None,
+        tracing: bool = True,
     ) -> None:
         self.live = live or present
         self.present = present
         self.surrogates = dict(surrogates or {})
         if sites.graph is None:
             raise GrowthError(f"site {site.name!r} was named by hand and is no plain chain: find it with find_sites")
-        self.site = site
-        self.graph: Followed = sites.graph
+        at = graph_of(model, sites, site, capture.arguments, capture.call, tracing=tracing)
+        self.site = at.site
+        self.graph: Followed = at.graph
         self.capture = capture
         self.tensors = tensors_of(model)
         double = any(t.dtype == torch.float64 for t in (*capture.inputs.values(), *capture.gradients.values()))
         self.dtype = torch.float64 if double else torch.float32
         self.device = next(iter((*capture.gradients.values(), *capture.inputs.values()))).device
         self.modules = dict(unwrap(model).named_modules())
-        self.sizes = sites.sizes(model, room=True)
-        given = zip(self.graph.trace.inputs, capture.arguments, strict=False)
-        self.arguments = {name: tensor for name, tensor in given if tensor is not None}
+        self.sizes = {**at.sizes, **sites.sizes(model, room=True)}
+        places = zip(self.graph.trace.inputs, self.graph.trace.paths, strict=True)
+        self.arguments = {name: capture.arguments[place] for name, place in places if place in capture.arguments}
         self._bind_inputs()
         self._side: dict[Node, Any] = {}
         self.producers = self._calls(site.producers)
@@ -463,16 +469,7 @@ class Replay:
         return result[0] if single else result
 
 
-_INPUT = {"linear": 0, "conv": 0, "grouped": 0, "conv_transpose": 0, "embedding": 1}
-
-
 def _adds_eps(node: Node) -> bool:
     """Whether an addition is that of eps to the mean square of an RMSNorm written out."""
     source = node.args[0]
     return isinstance(source, Node) and is_rms(source) and not isinstance(node.args[1], Node)
-
-
-def input_node(node: Node, call: LayerCall) -> Node:
-    if call.source is not None:
-        return call.source
-    return node.args[1] if short_name(node) == "addmm" else node.args[0]  # type: ignore[return-value]

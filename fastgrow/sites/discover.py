@@ -18,12 +18,12 @@ from ..insertions import places
 from ..layout import Concat, Layout, Leaf, Product, axes_of
 from . import rules as _rules  # noqa: F401 - registers what each op says
 from .attributes import attribute_rules
-from .graph import Trace, trace_model, unwrap
+from .graph import Followed, Trace, as_call, trace_model, unwrap
 from .nodes import activation_module, bind, module_of, plain_name, short_name
 from .propagation import Propagation
 from .site import Activation, Gate, LayerInfo, Norm, Site, Sites, Slot, tensors_of, unreadable
 
-__all__ = ["discover"]
+__all__ = ["discover", "follow"]
 
 ACTIVATIONS = frozenset(
     [
@@ -74,7 +74,7 @@ def discover(
     exclude: str | Iterable[str] | None = None,
 ) -> Sites:
     """What can grow in a model as it is written, not yet tried; `fastgrow.find_sites` says the rest."""
-    trace = trace_model(model, example_inputs)
+    trace = trace_model(model, *as_call(example_inputs))
     propagation = Propagation(trace).run()
     inner = unwrap(model)
     layers = _layers(propagation)
@@ -98,6 +98,12 @@ def discover(
     left_out = tuple(site for site in found if site not in chosen)
     frozen |= {site.name: "it was left out by include= or exclude=" for site in left_out}
     return Sites(tuple(chosen), layers, frozen, constants, left_out, propagation.followed(), places(inner))
+
+
+def follow(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Followed, dict[int, int]]:
+    """The graph of one call of the model with every dimension followed, and the sizes of all axes in it."""
+    propagation = Propagation(trace_model(model, args, kwargs)).run()
+    return propagation.followed(), dict(propagation.tracker.sizes)
 
 
 def _chosen(

@@ -114,6 +114,19 @@ class Followed:
     calls: tuple[LayerCall, ...]
     chains: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # site -> its middle, once read
     norm_series: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # site -> its norms, once read
+    retraced: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # by sizes of batches, a few
+
+    @functools.cached_property
+    def inputs(self) -> dict[str, Node]:
+        """The placeholders of the model's inputs, each by its place (`Trace.paths`)."""
+        nodes = {node.name: node for node in self.trace.nodes if node.op == "placeholder"}
+        return {path: nodes[name] for name, path in zip(self.trace.inputs, self.trace.paths, strict=True)}
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors among the inputs."""
+        values = {path: node.meta.get("val") for path, node in self.inputs.items()}
+        return {path: tuple(value.shape) for path, value in values.items() if isinstance(value, Tensor)}
 
     @functools.cached_property
     def samples_at(self) -> dict[str, int]:
@@ -123,12 +136,8 @@ class Followed:
         """
         stacks = [call for call in self.calls if call.kind == "stacked"]
         members = {self.tensor_dims[call.weight][3 - call.out_dim - call.in_dim] for call in stacks}
-        nodes = {node.name: node for node in self.trace.nodes if node.op == "placeholder"} if stacks else {}
-        return {
-            path: 1
-            for name, path in zip(self.trace.inputs, self.trace.paths, strict=True)
-            if name in nodes and len(dims := self.dims[nodes[name]]) > 1 and dims[0] in members
-        }
+        inputs = self.inputs if stacks else {}
+        return {path: 1 for path, node in inputs.items() if len(dims := self.dims[node]) > 1 and dims[0] in members}
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -312,13 +321,12 @@ def _drop_unread_attention(module: GraphModule) -> None:
             module.graph.erase_node(node)
 
 
-def trace_model(model: nn.Module, example_inputs: Any) -> Trace:
+def trace_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
     """Export the model as it is called with these inputs.
 
     raises: GrowthError with torch.export's reason where the model cannot be exported.
     """
     model = unwrap(model)
-    args, kwargs = as_call(example_inputs)
     attempts: tuple[contextlib.AbstractContextManager[None], ...] = (
         contextlib.nullcontext(),
         evaluation(model),

@@ -62,6 +62,9 @@ def module_of(node: Node) -> str:
     return list(stack.values())[-1][0] if stack else ""
 
 
+_ACTIVATIONS = ("torch.nn.modules.activation.", "fastgrow.nn.", "fastgrow.riding.")
+
+
 def activation_module(node: Node) -> str | None:
     """The name of an activation's module; None where nothing can be put in its place: a function call in somebody's
     forward, or a Hardtanh that is flat at 0."""
@@ -72,7 +75,7 @@ def activation_module(node: Node) -> str | None:
     kind = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
     if kind.endswith(".Hardtanh") and bind(node)["min_val"] == 0:
         return None
-    return name if kind.startswith(("torch.nn.modules.activation.", "fastgrow.nn.")) else None
+    return name if kind.startswith(_ACTIVATIONS) else None
 
 
 def is_rms(node: Node) -> bool:
