@@ -20,6 +20,7 @@ from . import rules as _rules  # noqa: F401 - registers what each op says
 from .attributes import attribute_rules
 from .graph import Trace, trace_model, unwrap
 from .nodes import activation_module, bind, module_of, plain_name, short_name
+from .outputs import output_layers
 from .propagation import Propagation
 from .site import Activation, Gate, LayerInfo, Norm, Site, Sites, Slot, tensors_of, unreadable
 
@@ -132,6 +133,7 @@ def _followers(node: Node) -> list[Node]:
 
 def _layers(propagation: Propagation) -> dict[str, LayerInfo]:
     layers: dict[str, LayerInfo] = {}
+    outputs = output_layers(propagation)
     for call in propagation.layers:
         if call.kind == "embedding" or call.name in layers:
             continue
@@ -141,12 +143,12 @@ def _layers(propagation: Propagation) -> dict[str, LayerInfo]:
             after = followers[0]
             norm = module_of(after)
             followers = _followers(after)
-        is_output = any(user.op == "output" for user in followers)
         for user in followers:
             if plain_name(user) in ACTIVATIONS:
                 activation = plain_name(user)
                 module = activation_module(user)
                 break
+        is_output = call.name in outputs
         layers[call.name] = LayerInfo(call.name, len(layers), call.weight, norm, activation, module, is_output)
     return layers
 

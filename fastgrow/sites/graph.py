@@ -51,6 +51,7 @@ class Trace:
     shapes: tuple[tuple[int, ...], ...]  # of the example inputs, in order
     outputs: tuple[tuple[int, ...], ...]  # of the model's outputs, in order
     parameters: frozenset[str] = frozenset()  # placeholders of parameters
+    returned: frozenset[str] = frozenset()  # nodes whose values are outputs of the model
 
     @property
     def nodes(self) -> list[Node]:
@@ -374,4 +375,9 @@ def trace_model(model: nn.Module, example_inputs: Any) -> Trace:
     show_mutations(graph)
     _drop_unread_attention(graph)
     parameters = frozenset(signature.inputs_to_parameters)
-    return Trace(graph, tensors, inputs, paths, constants, shapes, outputs, parameters)
+    returned = frozenset(
+        node.name
+        for node, spec in zip(graph.graph.output_node().args[0], signature.output_specs, strict=True)  # type: ignore[arg-type]
+        if isinstance(node, Node) and spec.kind == OutputKind.USER_OUTPUT
+    )
+    return Trace(graph, tensors, inputs, paths, constants, shapes, outputs, parameters, returned)

@@ -113,7 +113,7 @@ class LayerInfo:
     norm: str | None = None  # name of the normalisation module that reads its output
     activation: str | None = None  # "relu", "gelu", ...; None where none follows
     activation_module: str | None = None  # its module's name; None where it is a function call
-    is_output: bool = False  # its output is an output of the model
+    is_output: bool = False  # it reaches an output of the model, and no other layer on any way to one
 
 
 @dataclass(frozen=True, slots=True)
