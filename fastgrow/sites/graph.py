@@ -7,20 +7,21 @@ import dataclasses
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import OutputKind
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from ..errors import GrowthError
 from ..layout import Layout
 from ..nn import attention_traced
+from .carried import Place, Record, node_at, pack, place_of, unpack
 from .mutation import show_mutations
 from .nodes import bind
 
@@ -41,9 +42,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Trace:
-    """An exported graph; it holds names and shapes, no parameter of the model."""
+    """An exported graph; it holds names and shapes, no parameter of the model. Pickles."""
 
-    module: GraphModule
+    graph: Graph
     tensors: Mapping[str, str]  # placeholder -> state-dict name (tied tensors: the first of their names)
     inputs: tuple[str, ...]  # placeholders of the user's inputs, in order
     paths: tuple[str, ...]  # where each of these stands among the forward's arguments, as `argument_paths` says
@@ -55,7 +56,15 @@ class Trace:
 
     @property
     def nodes(self) -> list[Node]:
-        return list(self.module.graph.nodes)
+        return list(self.graph.nodes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rest = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self) if entry.name != "graph"}
+        return _trace, (pack(self.graph), rest)
+
+
+def _trace(records: Sequence[Record], rest: Mapping[str, Any]) -> Trace:
+    return Trace(unpack(records), **rest)
 
 
 @dataclass(frozen=True)
@@ -107,13 +116,21 @@ class LayerCall:
 
 @dataclass(frozen=True)
 class Followed:
-    """The graph with every dimension of every tensor followed."""
+    """The graph with every dimension of every tensor followed. Pickles."""
 
     trace: Trace
     dims: Mapping[Node, Any]  # node -> its layouts (a list of them for ops of several results)
     tensor_dims: Mapping[str, tuple[Layout, ...]]
     calls: tuple[LayerCall, ...]
     chains: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # site -> its middle, once read
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        places = place_of(self.trace.nodes)
+        calls = tuple(
+            dataclasses.replace(call, node=places[call.node], source=call.source and places[call.source])  # type: ignore[arg-type]
+            for call in self.calls
+        )
+        return _followed, (self.trace, {places[node]: of for node, of in self.dims.items()}, self.tensor_dims, calls)
 
     @functools.cached_property
     def samples_at(self) -> dict[str, int]:
@@ -129,6 +146,21 @@ class Followed:
             for name, path in zip(self.trace.inputs, self.trace.paths, strict=True)
             if name in nodes and len(dims := self.dims[nodes[name]]) > 1 and dims[0] in members
         }
+
+
+def _followed(
+    trace: Trace, dims: Mapping[Place, Any], tensor_dims: Mapping[str, tuple[Layout, ...]], calls: Sequence[LayerCall]
+) -> Followed:
+    nodes = trace.nodes
+    return Followed(
+        trace,
+        {node_at(place, nodes): of for place, of in dims.items()},
+        tensor_dims,
+        tuple(
+            dataclasses.replace(call, node=node_at(call.node, nodes), source=node_at(call.source, nodes))
+            for call in calls
+        ),
+    )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -380,4 +412,4 @@ def trace_model(model: nn.Module, example_inputs: Any) -> Trace:
         for node, spec in zip(graph.graph.output_node().args[0], signature.output_specs, strict=True)  # type: ignore[arg-type]
         if isinstance(node, Node) and spec.kind == OutputKind.USER_OUTPUT
     )
-    return Trace(graph, tensors, inputs, paths, constants, shapes, outputs, parameters, returned)
+    return Trace(graph.graph, tensors, inputs, paths, constants, shapes, outputs, parameters, returned)
