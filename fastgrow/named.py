@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .errors import GrowthError
 from .names import find_module
-from .rehearsal import preserved, restored
-from .sites import Sites, as_call, discover, unwrap
+from .rehearsal import preserved
+from .sites import Sites, as_call, discover, untouched, unwrap
 
 __all__ = ["name_sites"]
 
@@ -78,7 +78,7 @@ def _called(model: nn.Module, example_inputs: Any, chains: Sequence[Sequence[str
     ]
     args, kwargs = as_call(example_inputs)
     try:
-        with preserved(model), restored(model), torch.enable_grad():
+        with preserved(model), untouched(model), torch.enable_grad():
             model(*args, **kwargs)
     finally:
         for handle in handles:

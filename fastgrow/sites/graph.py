@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 import operator
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ from ..nn import attention_traced
 from .carried import Place, Record, node_at, pack, place_of, unpack
 from .mutation import show_mutations
 from .nodes import bind
+from .untouched import untouched
 
 __all__ = [
     "Followed",
@@ -305,12 +307,13 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Set hooks aside, and put normalisations in evaluation mode.
+    """Set hooks aside, put normalisations in evaluation mode, and afterwards attributes back.
 
     Batch norm in training mode does not export at batch size 1, and would count a batch.
     """
     norms = [module for module in model.modules() if isinstance(module, _NormBase) and module.training]
-    with without_hooks(model), attention_traced(model):
+    with without_hooks(model), attention_traced(model), untouched(model), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)  # was assigned: it is put back
         try:
             for norm in norms:
                 norm.training = False
