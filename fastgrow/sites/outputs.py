@@ -9,7 +9,7 @@ from .mutation import writes_first
 from .nodes import short_name
 from .propagation import Propagation
 
-__all__ = ["output_layers"]
+__all__ = ["is_product", "output_layers"]
 
 _PRODUCTS = frozenset(
     "linear bilinear _trilinear mm mv dot addmm addmv matmul bmm baddbmm einsum tensordot "
@@ -68,5 +68,9 @@ def _of_parameters(p: Propagation) -> set[Node]:
 
 def _is_layer(node: Node, weights: set[Node]) -> bool:
     """Whether an op multiplies a value by a weight."""
-    is_product = short_name(node) in _PRODUCTS or isinstance(node.target, torch._ops.HigherOrderOperator)
-    return is_product and any(source in weights for source in node.all_input_nodes)
+    return is_product(node) and any(source in weights for source in node.all_input_nodes)
+
+
+def is_product(node: Node) -> bool:
+    """Whether an op is a matrix product, a convolution or a recurrent layer, or may hold one."""
+    return short_name(node) in _PRODUCTS or isinstance(node.target, torch._ops.HigherOrderOperator)
