@@ -140,14 +140,19 @@ class Followed:
 
         The first one numbers the members of a stack, where each of them reads samples of its own.
         """
-        stacks = [call for call in self.calls if call.kind == "stacked"]
-        members = {self.tensor_dims[call.weight][3 - call.out_dim - call.in_dim] for call in stacks}
-        nodes = {node.name: node for node in self.trace.nodes if node.op == "placeholder"} if stacks else {}
+        members = self.members
+        nodes = {node.name: node for node in self.trace.nodes if node.op == "placeholder"} if members else {}
         return {
             path: 1
             for name, path in zip(self.trace.inputs, self.trace.paths, strict=True)
             if name in nodes and len(dims := self.dims[nodes[name]]) > 1 and dims[0] in members
         }
+
+    @functools.cached_property
+    def members(self) -> set[Layout]:
+        """What numbers the matrices of stacked weights."""
+        stacks = [call for call in self.calls if call.kind == "stacked"]
+        return {self.tensor_dims[call.weight][3 - call.out_dim - call.in_dim] for call in stacks}
 
 
 def _followed(
