@@ -13,7 +13,9 @@ initialisation (--init), the norm of new units (--scale times the mean norm of t
 convolutional case, and GradMaxOpt's learning rate (--opt-rate).
 
 All seeds of a method train at once, stacked into one network of batched products, where the method grows each of them
-as it would alone (`teacher_stack.METHODS`, the cases small and large); the other seeds train one by one.
+as it would alone (`teacher_stack.METHODS`, the cases small and large); the other seeds train one by one. A method that
+fails is named under "failed" in the JSON; the others run on, what they found is written, and the program ends with the
+error. variance_transfer adds units in pairs and is refused where growths are odd, as in all four cases here.
 """
 
 from __future__ import annotations
@@ -32,16 +34,21 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this one, however it was loaded
 
 from teacher_figures import FIGURES, draw
-from teacher_training import BASELINES, CASES, Case, Run, gradient_norms, methods_of, training_curves
+from teacher_training import BASELINES, CASES, Case, Run, gradient_norms, least_units, methods_of, training_curves
 
 
 def measure(case: Case, methods: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
-    """What --json writes.
+    """What --json writes, of the methods that did not fail.
 
     Milliseconds are of what is trained: where "stacked" is true, of all seeds at once. growth_cost_ms: growth_ms less
     the forward and backward pass that the method makes in it.
     """
     runs = training_curves(case, methods, options)
+    norms: dict[str, list[list[float]]] = {}
+    try:
+        norms = gradient_norms(case, list(runs), options)
+    except Exception as error:
+        options.failed["grad_norm_after_growth"] = error
     return {
         "case": options.case,
         "protocol": options.protocol,
@@ -50,7 +57,7 @@ def measure(case: Case, methods: Sequence[str], options: argparse.Namespace) -> 
         "final_loss": {method: [run.losses[-1] for run in each] for method, each in runs.items()},
         "curves": {method: [run.losses[::10] for run in each] for method, each in runs.items()},
         "relative_norms": {method: [run.norms for run in each] for method, each in runs.items()},
-        "grad_norm_after_growth": gradient_norms(case, methods, options),
+        "grad_norm_after_growth": norms,
         "growth_ms": {
             m: statistics.median(ms) for m, each in runs.items() if (ms := [t for r in each for t in r.growth_ms])
         },
@@ -65,7 +72,7 @@ def measure(case: Case, methods: Sequence[str], options: argparse.Namespace) -> 
             method: 1.0
             if method == "baseline_big"
             else case.flops({} if method == "baseline_small" else case.growths, case.start)
-            for method in methods
+            for method in runs
         },
     }
 
@@ -99,6 +106,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.case = FIGURES[options.figure][0] if options.figure else "small"
     if options.init is None:
         options.init = "glorot" if options.protocol == "notebook" else "torch"
+    case = CASES[options.case]
+    if options.steps is not None and options.steps <= case.first:
+        parser.error(
+            f"--steps {options.steps}: the first growth of --case {options.case} comes after {case.first} steps; "
+            f"wanted at least {case.first + 1}"
+        )
+    options.failed = {}
     known = [*methods_of(options), *BASELINES]
     if options.methods is None:
         options.methods = ["gradmax", "gradmax_opt", "random", *BASELINES]
@@ -107,6 +121,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for method in options.methods:
         if method not in known:
             parser.error(f"--methods {method}: unknown; choose from {', '.join(known)}")
+        if case.units % least_units(method):
+            parser.error(
+                f"--methods {method}: it adds units in pairs, and --case {options.case} grows by {case.units} at a "
+                "time up to the teacher's width"
+            )
     return options
 
 
@@ -122,17 +141,21 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if options.figure is not None:
         lines = FIGURES[options.figure][1](case, options.methods, options)
         result: dict[str, Any] = {"case": options.case, "figure": options.figure, "lines": lines}
-        draw(options.figure, lines, options.out / f"figure_{options.figure}.png")
-        print(f"{options.out / f'figure_{options.figure}.png'} written")
+        if lines:
+            draw(options.figure, lines, options.out / f"figure_{options.figure}.png")
+            print(f"{options.out / f'figure_{options.figure}.png'} written")
     else:
         result = measure(case, options.methods, options)
         for method, ms in result["growth_ms"].items():
             cost, step = result["growth_cost_ms"][method], result["step_ms"][method]
             of = f" of {options.seeds} seeds at once" if result["stacked"][method] else ""
             print(f"{method:20s} growth {ms:.2f} ms, its cost {cost:.2f} ms, training step {step:.2f} ms{of}")
+    result["failed"] = {what: f"{type(error).__name__}: {error}" for what, error in options.failed.items()}
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1))
+    for error in options.failed.values():  # what the others found is written
+        raise error
     return result
 
 

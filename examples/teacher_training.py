@@ -302,14 +302,15 @@ def gradient_norms(case: Case, methods: Sequence[str], options: argparse.Namespa
         for method, rows in result.items():
             rows.append(
                 [
-                    norm_after_growth(model, methods_of(options)[method](), _least(method), x, y)
+                    norm_after_growth(model, methods_of(options)[method](), least_units(method), x, y)
                     for model in run.checkpoints
                 ]
             )
     return result
 
 
-def _least(method: str) -> int:
+def least_units(method: str) -> int:
+    """Units come in multiples of this."""
     return 2 if method == "variance_transfer" else 1
 
 
@@ -318,10 +319,15 @@ def mean(values: Sequence[float]) -> float:
 
 
 def training_curves(case: Case, methods: Sequence[str], options: argparse.Namespace) -> dict[str, list[Run]]:
-    """Figures 3a, 3b, 10, 12."""
+    """Figures 3a, 3b, 10, 12. A method that fails is entered in `options.failed`; the others run on."""
     runs: dict[str, list[Run]] = {}
     for method in methods:
-        runs[method] = run_seeds(case, method, options)
+        try:
+            runs[method] = run_seeds(case, method, options)
+        except Exception as error:
+            options.failed[method] = error
+            print(f"{method:20s} failed: {error}", flush=True)
+            continue
         finals = [run.losses[-1] for run in runs[method]]
         print(f"{method:20s} final loss {mean(finals):.4g} ({min(finals):.4g} .. {max(finals):.4g})", flush=True)
     return runs

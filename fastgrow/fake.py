@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .sharded import as_written, wrapped_modules
@@ -31,12 +32,27 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode, shapes: Mapping[str, Seque
                 shape = shapes.get(name, tensor.shape)
                 fake = torch.empty(tuple(shape), dtype=tensor.dtype, device=tensor.device)
                 memo[id(tensor)] = nn.Parameter(fake, False) if isinstance(tensor, nn.Parameter) else fake
-        for module in inner.modules():  # what hooks computed (pruning): not to be copied, as it has a history
-            for value in vars(module).values():
-                if isinstance(value, Tensor):
-                    memo[id(value)] = torch.empty(tuple(value.shape), dtype=value.dtype, device=value.device)
-    with without_hooks(inner), as_written(inner):
+    with without_hooks(inner), as_written(inner), _CopyShapes(mode):
         return copy.deepcopy(inner, memo)
+
+
+class _CopyShapes(TorchFunctionMode):
+    """Deep copies of tensors wherever they lie (kept activations, what hooks computed) are shapes: some have a history
+    and refuse to be copied."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()
+        self.fake = mode
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        with self.fake:
+            memo[id(tensor)] = torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=tensor.device)
+        return memo[id(tensor)]
 
 
 def fake_inputs(mode: FakeTensorMode, tensors: Any) -> Any:

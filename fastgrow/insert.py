@@ -26,7 +26,7 @@ from .observe import observe
 from .plan import check_units
 from .rehearsal import preserved, restored
 from .room import has_room
-from .sites import LayerCall, as_call, discover, evaluation, tensors_of, unwrap
+from .sites import LayerCall, as_call, discover, evaluation, tensors_of, untouched, unwrap
 from .stages import newest_stage
 from .trial import find_sites
 
@@ -304,7 +304,7 @@ def _read_at(model: nn.Module, insertion: Insertion, example_inputs: Any) -> Ten
         handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     args, kwargs = as_call(example_inputs)
     try:
-        with preserved(model):
+        with preserved(model), untouched(model):
             model(*args, **kwargs)
     finally:
         handle.remove()
@@ -391,7 +391,7 @@ def _check_kept(model: nn.Module, insertion: Insertion, modules: Sequence[nn.Mod
     args, kwargs = as_call(example_inputs)
     where = f"insert_layer: with a layer {insertion.way} {insertion.place!r} the model"
     calls: list[None] = []
-    with preserved(model), restored(model), evaluation(model):
+    with preserved(model), untouched(model), evaluation(model):
         with torch.random.fork_rng(devices=[]):
             expected = [leaf for leaf in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
         attach(model, insertion, modules)

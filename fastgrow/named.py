@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .errors import GrowthError
 from .names import find_module
 from .rehearsal import preserved
-from .sites import Sites, as_call, discover, unwrap
+from .sites import Sites, as_call, discover, untouched, unwrap
 
 __all__ = ["name_sites"]
 
@@ -40,38 +40,76 @@ def name_sites(model: nn.Module, example_inputs: Any, chains: Sequence[Sequence[
     shared = sorted({name for name in layers if layers.count(name) > 1})
     if shared:
         raise GrowthError(f"name_sites: {shared[0]!r} stands in two chains; name one chain that runs through it")
-    inputs = _inputs(inner, example_inputs, [chain[0] for chain in chains if chain])
+    inputs, inside = _called(inner, example_inputs, chains)
     sites = discover(_Chains(inner, chains), tuple(inputs))
+    infos = {
+        name: dataclasses.replace(info, is_output=info.is_output and name not in inside)
+        for name, info in sites.layers.items()
+    }
     graph = sites.graph
     assert graph is not None
     # the model's own arguments are not those of the chains
     trace = dataclasses.replace(graph.trace, inputs=(), paths=())
-    return dataclasses.replace(sites, graph=dataclasses.replace(graph, trace=trace))
+    return dataclasses.replace(sites, layers=infos, graph=dataclasses.replace(graph, trace=trace))
 
 
-def _inputs(model: nn.Module, example_inputs: Any, firsts: Sequence[str]) -> list[Tensor]:
-    """What the first layer of each chain is given in one call of the model."""
-    seen: dict[str, Tensor] = {}
-    handles = []
-    for name in firsts:
-        module = find_module(model, name)
-        assert module is not None
+def _called(model: nn.Module, example_inputs: Any, chains: Sequence[Sequence[str]]) -> tuple[list[Tensor], set[str]]:
+    """What the first layer of each chain is given in one call of the model; the last layers that others follow."""
+    given: dict[str, Tensor] = {}
+    reads: list[tuple[str, Any]] = []  # layer, where autograd has what it reads
+    written: dict[str, Any] = {}  # last layer -> where autograd has its output
+    firsts = {chain[0] for chain in chains}
+    lasts = {next((name for name in reversed(chain) if _is_layer(model, name)), chain[-1]) for chain in chains}
 
-        def keep(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-            seen.setdefault(name, args[0].detach())
+    def enters(name: str, args: tuple[Any, ...]) -> None:
+        if name in firsts:
+            given.setdefault(name, args[0].detach())
+        reads.extend((name, arg.grad_fn) for arg in args if isinstance(arg, Tensor))
 
-        handles.append(module.register_forward_pre_hook(keep))
+    def leaves(name: str, output: Tensor) -> Tensor:
+        output = output + output.new_zeros((), requires_grad=True)  # a frozen layer's output has a history as well
+        written[name] = output.grad_fn
+        return output
+
+    layers = {name for name, _ in model.named_modules() if _is_layer(model, name)}
+    handles = [
+        *(_module(model, n).register_forward_pre_hook(lambda _, args, n=n: enters(n, args)) for n in firsts | layers),
+        *(_module(model, n).register_forward_hook(lambda _, args, out, n=n: leaves(n, out)) for n in lasts),
+    ]
     args, kwargs = as_call(example_inputs)
     try:
-        with preserved(model), torch.no_grad():
+        with preserved(model), untouched(model), torch.enable_grad():
             model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
-    missing = [name for name in firsts if name not in seen]
+    missing = [chain[0] for chain in chains if chain[0] not in given]
     if missing:
         raise GrowthError(f"name_sites: {missing[0]!r} was not called on the example inputs")
-    return [seen[name] for name in firsts]
+    followed = {last for last, at in written.items() if at in _history([by for name, by in reads if name != last])}
+    return [given[chain[0]] for chain in chains], followed
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    module = find_module(model, name)
+    assert module is not None
+    return module
+
+
+def _is_layer(model: nn.Module, name: str) -> bool:
+    """Whether a module has a matrix of its own: a linear layer, a convolution, a recurrent layer."""
+    return any(parameter.dim() > 1 for parameter in _module(model, name).parameters(recurse=False))
+
+
+def _history(nodes: Sequence[Any]) -> set[Any]:
+    """These places in autograd's graph, and all that they were computed from."""
+    found = {node for node in nodes if node is not None}
+    waiting = list(found)
+    while waiting:
+        further = {node for node, _ in waiting.pop().next_functions if node is not None} - found
+        found |= further
+        waiting += further
+    return found
 
 
 class _Chains(nn.Module):

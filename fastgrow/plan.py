@@ -23,8 +23,10 @@ __all__ = ["Plan", "check_units", "checked_units", "plan"]
 class Plan:
     """The outcome of a dry run; pairs are (before, after) of the sites that are not refused.
 
-    flops: of one forward pass of the example inputs through linear and convolution layers. memory: bytes of
-    parameters and buffers; reserved room is left out of all of them. refused: site name -> why.
+    flops: of one forward pass of one sample through linear and convolution layers, two for each multiply-add, at the
+    example inputs' map sizes and lengths; a sample is one entry of the first input's first dimension (of the next where
+    that numbers a stack's members, or what attention joins). memory: bytes of parameters and buffers; reserved room is
+    left out of all of them. refused: site name -> why.
     """
 
     widths: dict[str, tuple[int, int]]
@@ -37,7 +39,7 @@ class Plan:
         lines = [f"{name}: {old} -> {new}" for name, (old, new) in self.widths.items()]
         for what, (old, new) in (
             ("parameters", self.parameters),
-            ("forward FLOPs", self.flops),
+            ("forward FLOPs a sample", self.flops),
             ("bytes", self.memory),
         ):
             lines.append(f"{what}: {old:.4g} -> {new:.4g}")

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
 from .arguments import instance
 from .edits import attribute_edits
@@ -20,7 +19,7 @@ from .nn import attention_traced
 from .room import has_room
 from .sites import Sites, as_call, discover, open_outputs
 
-__all__ = ["find_sites", "forward_flops", "trial"]
+__all__ = ["find_sites", "trial"]
 
 
 def find_sites(
@@ -97,12 +96,3 @@ def trial(model: nn.Module, sites: Sites, units: Mapping[str, int], example_inpu
     except Exception as error:
         return (str(error).strip() or type(error).__name__).splitlines()[0]
     return None if before == after else f"the outputs' shapes change from {before} to {after}"
-
-
-def forward_flops(model: nn.Module, example_inputs: Any) -> int:
-    """FLOPs of one forward pass on these inputs, counted on shapes alone (torch.utils.flop_counter)."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fake = fake_copy(model, mode)
-    with FlopCounterMode(display=False) as counter:
-        _run(fake, mode, example_inputs)
-    return int(counter.get_total_flops())

@@ -213,8 +213,8 @@ FROZEN: dict[str, dict[str, str]] = {
         "fc": OUTPUT,
     },
     "pruned": {
-        "0": "its size is written into the code",
-        "2": "its weight is computed by a hook (pruning, weight_norm); make it permanent to grow",
+        "0": "the weight of '2', which shares its channels, is computed by a hook (pruning); make it permanent to grow",
+        "2": "its weight is computed by a hook (pruning); make it permanent to grow",
         "4": OUTPUT,
     },
     "maxout": {"fc1": "max runs along it", "fc2": OUTPUT},

@@ -194,7 +194,7 @@ def test_costs_count_each_member_once() -> None:
     model, (x, _) = net("baddbmm"), batch()
     sites = fg.find_sites(model, x)
     plan = fg.plan(model, {"0": 3}, sites=sites)
-    assert plan.flops == tuple(2.0 * MEMBERS * BATCH * width * (INS + OUTS) for width in (HIDDEN, HIDDEN + 3))
+    assert plan.flops == tuple(2.0 * MEMBERS * width * (INS + OUTS) for width in (HIDDEN, HIDDEN + 3))
     grown = copy.deepcopy(model)
     fg.grow(grown, {"0": 3}, fg.how.ZeroOutgoing(), sites=sites)
     assert plan.parameters[1] == sum(p.numel() for p in grown.parameters())

@@ -107,12 +107,10 @@ def test_the_full_schedules_of_the_paper(example: ModuleType) -> None:
 
 
 @pytest.mark.usefixtures("early")
-def test_more_methods_run_and_odd_pairs_are_refused(example: ModuleType) -> None:
+def test_more_methods_run(example: ModuleType) -> None:
     short = ["--case", "small", "--seeds", "1", "--steps", "50", "--methods"]
     found = example.main([*short, "zero_both", "net2net", "tiny", "splitting"])
     assert all(torch.tensor(values).isfinite().all() for values in found["final_loss"].values())
-    with pytest.raises(fg.GrowthError, match="pairs"):
-        example.main([*short, "variance_transfer"])
 
 
 @pytest.mark.usefixtures("early")
@@ -139,3 +137,53 @@ def test_unknown_methods_are_named(example: ModuleType, capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         example.main(["--methods", "magic"])
     assert "magic" in capsys.readouterr().err
+
+
+def refused(example: ModuleType, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit):
+        example.main(list(arguments))
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", ["small", "large", "conv", "batchnorm"])
+def test_pairs_are_refused_where_growths_are_odd(
+    example: ModuleType, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(example, capsys, "--case", case, "--methods", "gradmax", "variance_transfer")
+    assert f"adds units in pairs, and --case {case} grows by {example.CASES[case].units} at a time" in said
+
+
+def test_pairs_run_where_growths_are_even(example: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    even = replace(example.CASES["small"], start=4, units=2, first=40, every=40)
+    monkeypatch.setitem(example.CASES, "small", even)
+    found = example.main(["--seeds", "1", "--steps", "50", "--methods", "variance_transfer", "random"])
+    assert found["failed"] == {}
+    assert list(found["final_loss"]) == ["variance_transfer", "random"]
+
+
+@pytest.mark.parametrize(("case", "first"), [("small", 200), ("large", 500)])
+def test_trainings_without_a_growth_are_refused(
+    example: ModuleType, case: str, first: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for steps in (10, first):
+        said = refused(example, capsys, "--case", case, "--steps", str(steps))
+        assert f"--steps {steps}: the first growth" in said
+        assert f"wanted at least {first + 1}" in said
+
+
+@pytest.mark.usefixtures("early")
+def test_a_method_that_fails_loses_nothing_of_the_others(
+    example: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("no growth today")
+
+    monkeypatch.setattr(fg.how.Net2Net, "start", fails)
+    target = tmp_path / "found.json"
+    arguments = ["--seeds", "1", "--steps", "50", "--json", str(target)]
+    with pytest.raises(RuntimeError, match="no growth today"):
+        example.main([*arguments, "--methods", "gradmax", "net2net", "baseline_small"])
+    found = json.loads(target.read_text())
+    assert found["failed"] == {"net2net": "RuntimeError: no growth today"}
+    assert list(found["final_loss"]) == ["gradmax", "baseline_small"]
+    assert list(found["grad_norm_after_growth"]) == ["gradmax"]

@@ -28,7 +28,8 @@ class VarianceTransfer(How):
     Old weights are multiplied by c = sqrt(C_t / C_t+1) in hidden layers, C_t / C_t+1 in the output layer, 1 in the
     input layer (Table 1); new ones are gaussian with variance 1 / fan-in, 1 / fan-in^2 in the output layer. The
     statistics of the batch norm behind a re-scaled layer follow: mean <- c (mean - b) + b with the layer's bias b,
-    var <- c^2 var.
+    var <- c^2 var. Output layers are those that no other layer with a weight follows (`LayerInfo.is_output`), each
+    head of a model with several; what stands behind them (softmax, views) does not matter.
 
     exact: leave the old weights as they are (c = 1), so that the function stays.
     constraint: App. A's VT-constraint instead: c = 1 / sqrt(C_t+1 Var[W]) in hidden and input layers, from the

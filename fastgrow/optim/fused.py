@@ -157,7 +157,7 @@ class Batch:
     def _decide(self) -> None:
         """The first norms of blocks that were just born: which of them wait, told without waiting for a GPU."""
         self.table.norms(self.sums)
-        bases = torch.tensor(self.table.bases)
+        bases = torch.tensor(self.table.bases, device="cpu")
         seeds = bases[:-1].repeat_interleave(bases.diff()).to(self.table.device, non_blocking=True)
         counts = self.table.counts
         small = born_small(self.sums, counts, self.sums[seeds], counts[seeds]).to(self.waiting.dtype)

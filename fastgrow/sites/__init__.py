@@ -3,6 +3,7 @@
 from .discover import discover, follow
 from .graph import Followed, LayerCall, argument_paths, as_call, evaluation, open_outputs, unwrap, without_hooks
 from .site import Activation, AttributeRule, Gate, LayerInfo, Norm, Site, Sites, Slot, live_tensors, tensors_of
+from .untouched import untouched
 
 __all__ = [
     "Activation",
@@ -23,6 +24,7 @@ __all__ = [
     "live_tensors",
     "open_outputs",
     "tensors_of",
+    "untouched",
     "unwrap",
     "without_hooks",
 ]

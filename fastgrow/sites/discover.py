@@ -12,6 +12,9 @@ from typing import Any
 from torch import nn
 from torch.fx import Node
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from ..errors import GrowthError
 from ..insertions import places
@@ -20,6 +23,7 @@ from . import rules as _rules  # noqa: F401 - registers what each op says
 from .attributes import attribute_rules
 from .graph import Followed, Trace, as_call, trace_model, unwrap
 from .nodes import activation_module, bind, module_of, plain_name, short_name
+from .outputs import is_product, output_layers
 from .propagation import Propagation
 from .site import Activation, Gate, LayerInfo, Norm, Site, Sites, Slot, tensors_of, unreadable
 
@@ -81,8 +85,9 @@ def discover(
     found = _Assembly(propagation, inner).sites()
     chosen = _chosen(found, include, exclude)
     producing = {layer for site in found for slot in site.slots_of("producer", "middle") for layer in (slot.layer,)}
-    frozen = {name: _why(propagation, name) for name in layers if name not in producing}
-    frozen |= _unreached(inner, layers, trace)
+    computed = _computed(inner, layers)
+    frozen = {name: _why(propagation, name, computed) for name in layers if name not in producing}
+    frozen |= _unreached(inner, layers, trace, computed)
     growing = {site.axis for site in found}
     constants = {axis: extent for axis, extent in propagation.tracker.sizes.items() if axis not in growing}
     if chosen:
@@ -138,6 +143,7 @@ def _followers(node: Node) -> list[Node]:
 
 def _layers(propagation: Propagation) -> dict[str, LayerInfo]:
     layers: dict[str, LayerInfo] = {}
+    outputs = output_layers(propagation)
     for call in propagation.layers:
         if call.kind == "embedding" or call.name in layers:
             continue
@@ -147,36 +153,64 @@ def _layers(propagation: Propagation) -> dict[str, LayerInfo]:
             after = followers[0]
             norm = module_of(after)
             followers = _followers(after)
-        is_output = any(user.op == "output" for user in followers)
         for user in followers:
             if plain_name(user) in ACTIVATIONS:
                 activation = plain_name(user)
                 module = activation_module(user)
                 break
+        is_output = call.name in outputs
         layers[call.name] = LayerInfo(call.name, len(layers), call.weight, norm, activation, module, is_output)
     return layers
 
 
-def _why(propagation: Propagation, name: str) -> str:
+def _why(propagation: Propagation, name: str, computed: dict[str, str]) -> str:
     """Why a layer's output channels cannot grow."""
     for call in propagation.layers:
         if call.name == name:
-            reasons = [
-                reason
-                for axis in propagation.tracker.axes(propagation.tensor_dims[call.weight][call.out_dim])
-                if (reason := propagation.tracker.frozen(axis)) is not None
-            ]
+            axes = propagation.tracker.axes(propagation.tensor_dims[call.weight][call.out_dim])
+            reasons = [reason for axis in axes if (reason := propagation.tracker.frozen(axis)) is not None]
             if call.kind == "depthwise" and not reasons:
                 return "it is depthwise: it grows with the layers before it"
+            for node in propagation.trace.nodes if reasons else ():
+                neighbour = module_of(node) if is_product(node) else ""
+                if neighbour in computed and _carries(propagation, node, set(axes)):
+                    return f"the weight of {neighbour!r}, which shares its channels, {computed[neighbour]}"
             return reasons[0] if reasons else "no layer with weights reads its channels"
     return "it was not reached"
 
 
+def _carries(p: Propagation, node: Node, axes: set[int]) -> bool:
+    """Whether any of these axes is one of what a layer's op reads or writes."""
+    dims = [dim for value in (node, *node.all_input_nodes) for dim in p.of(value)]
+    return any(axis in axes for dim in dims for axis in p.tracker.axes(dim))
+
+
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear, nn.EmbeddingBag)
+_HOOKS = ((WeightNorm, "weight_norm"), (SpectralNorm, "spectral_norm"), (BasePruningMethod, "pruning"))
 
 
-def _unreached(model: nn.Module, layers: dict[str, LayerInfo], trace: Trace) -> dict[str, str]:
+def _computed(model: nn.Module, layers: dict[str, LayerInfo]) -> dict[str, str]:
+    """Layers whose weight is computed anew in every pass, and by what."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, _LAYERS) or name in layers or f"{name}.weight" in layers:
+            continue
+        if parametrize.is_parametrized(module):
+            kinds = [type(each).__name__ for entry in module.parametrizations.values() for each in entry]  # type: ignore[operator]
+            found[name] = f"is computed by a parametrization ({', '.join(kinds)}); remove it to grow"
+        elif "weight" not in module._parameters:
+            hooks = [
+                word for hook in module._forward_pre_hooks.values() for kind, word in _HOOKS if isinstance(hook, kind)
+            ]
+            kinds = hooks or ["pruning, weight_norm"]
+            found[name] = f"is computed by a hook ({', '.join(kinds)}); make it permanent to grow"
+    return found
+
+
+def _unreached(
+    model: nn.Module, layers: dict[str, LayerInfo], trace: Trace, computed: dict[str, str]
+) -> dict[str, str]:
     frozen: dict[str, str] = {}
     ops: dict[str, str] = {}
     for node in trace.nodes:
@@ -186,13 +220,10 @@ def _unreached(model: nn.Module, layers: dict[str, LayerInfo], trace: Trace) -> 
     for name, module in model.named_modules():
         if isinstance(module, _RECURRENT):
             frozen[name] = "recurrent layers cannot grow: their hidden state feeds back into every gate"
+        elif name in computed:
+            frozen[name] = f"its weight {computed[name]}"
         elif isinstance(module, _LAYERS) and name not in layers and f"{name}.weight" not in layers:
-            if parametrize.is_parametrized(module):
-                kinds = [type(each).__name__ for entry in module.parametrizations.values() for each in entry]  # type: ignore[operator]
-                frozen[name] = f"its weight is computed by a parametrization ({', '.join(kinds)}); remove it to grow"
-            elif "weight" not in module._parameters:
-                frozen[name] = "its weight is computed by a hook (pruning, weight_norm); make it permanent to grow"
-            elif name in ops:
+            if name in ops:
                 frozen[name] = f"{ops[name]} mixes its channels in a way fastgrow does not know"
             elif name in reached:
                 frozen[name] = "its weight is not used as it is, but computed with first"

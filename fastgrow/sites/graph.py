@@ -7,22 +7,25 @@ import dataclasses
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import OutputKind
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from ..errors import GrowthError
 from ..layout import Layout
 from ..nn import attention_traced
+from .carried import Place, Record, node_at, pack, place_of, unpack
 from .mutation import show_mutations
 from .nodes import bind
+from .untouched import untouched
 
 __all__ = [
     "Followed",
@@ -41,9 +44,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Trace:
-    """An exported graph; it holds names and shapes, no parameter of the model."""
+    """An exported graph; it holds names and shapes, no parameter of the model. Pickles."""
 
-    module: GraphModule
+    graph: Graph
     tensors: Mapping[str, str]  # placeholder -> state-dict name (tied tensors: the first of their names)
     inputs: tuple[str, ...]  # placeholders of the user's inputs, in order
     paths: tuple[str, ...]  # where each of these stands among the forward's arguments, as `argument_paths` says
@@ -51,10 +54,19 @@ class Trace:
     shapes: tuple[tuple[int, ...], ...]  # of the example inputs, in order
     outputs: tuple[tuple[int, ...], ...]  # of the model's outputs, in order
     parameters: frozenset[str] = frozenset()  # placeholders of parameters
+    returned: frozenset[str] = frozenset()  # nodes whose values are outputs of the model
 
     @property
     def nodes(self) -> list[Node]:
-        return list(self.module.graph.nodes)
+        return list(self.graph.nodes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rest = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self) if entry.name != "graph"}
+        return _trace, (pack(self.graph), rest)
+
+
+def _trace(records: Sequence[Record], rest: Mapping[str, Any]) -> Trace:
+    return Trace(unpack(records), **rest)
 
 
 @dataclass(frozen=True)
@@ -106,7 +118,7 @@ class LayerCall:
 
 @dataclass(frozen=True)
 class Followed:
-    """The graph with every dimension of every tensor followed."""
+    """The graph with every dimension of every tensor followed. Pickles."""
 
     trace: Trace
     dims: Mapping[Node, Any]  # node -> its layouts (a list of them for ops of several results)
@@ -128,16 +140,44 @@ class Followed:
         values = {path: node.meta.get("val") for path, node in self.inputs.items()}
         return {path: tuple(value.shape) for path, value in values.items() if isinstance(value, Tensor)}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        places = place_of(self.trace.nodes)
+        calls = tuple(
+            dataclasses.replace(call, node=places[call.node], source=call.source and places[call.source])  # type: ignore[arg-type]
+            for call in self.calls
+        )
+        return _followed, (self.trace, {places[node]: of for node, of in self.dims.items()}, self.tensor_dims, calls)
+
     @functools.cached_property
     def samples_at(self) -> dict[str, int]:
         """Where an input has its samples: input (as in `Trace.paths`) -> dimension, where that is not the first.
 
         The first one numbers the members of a stack, where each of them reads samples of its own.
         """
-        stacks = [call for call in self.calls if call.kind == "stacked"]
-        members = {self.tensor_dims[call.weight][3 - call.out_dim - call.in_dim] for call in stacks}
-        inputs = self.inputs if stacks else {}
+        members = self.members
+        inputs = self.inputs if members else {}
         return {path: 1 for path, node in inputs.items() if len(dims := self.dims[node]) > 1 and dims[0] in members}
+
+    @functools.cached_property
+    def members(self) -> set[Layout]:
+        """What numbers the matrices of stacked weights."""
+        stacks = [call for call in self.calls if call.kind == "stacked"]
+        return {self.tensor_dims[call.weight][3 - call.out_dim - call.in_dim] for call in stacks}
+
+
+def _followed(
+    trace: Trace, dims: Mapping[Place, Any], tensor_dims: Mapping[str, tuple[Layout, ...]], calls: Sequence[LayerCall]
+) -> Followed:
+    nodes = trace.nodes
+    return Followed(
+        trace,
+        {node_at(place, nodes): of for place, of in dims.items()},
+        tensor_dims,
+        tuple(
+            dataclasses.replace(call, node=node_at(call.node, nodes), source=node_at(call.source, nodes))
+            for call in calls
+        ),
+    )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -282,12 +322,13 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Set hooks aside, and put normalisations in evaluation mode.
+    """Set hooks aside, put normalisations in evaluation mode, and afterwards attributes back.
 
     Batch norm in training mode does not export at batch size 1, and would count a batch.
     """
     norms = [module for module in model.modules() if isinstance(module, _NormBase) and module.training]
-    with without_hooks(model), attention_traced(model):
+    with without_hooks(model), attention_traced(model), untouched(model), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)  # was assigned: it is put back
         try:
             for norm in norms:
                 norm.training = False
@@ -383,4 +424,9 @@ def trace_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     show_mutations(graph)
     _drop_unread_attention(graph)
     parameters = frozenset(signature.inputs_to_parameters)
-    return Trace(graph, tensors, inputs, paths, constants, shapes, outputs, parameters)
+    returned = frozenset(
+        node.name
+        for node, spec in zip(graph.graph.output_node().args[0], signature.output_specs, strict=True)  # type: ignore[arg-type]
+        if isinstance(node, Node) and spec.kind == OutputKind.USER_OUTPUT
+    )
+    return Trace(graph.graph, tensors, inputs, paths, constants, shapes, outputs, parameters, returned)

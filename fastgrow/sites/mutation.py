@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from ..errors import GrowthError
 
-__all__ = ["show_mutations"]
+__all__ = ["show_mutations", "writes_first"]
 
 _SCATTERS: dict[str, Callable[..., Any]] = {
     "slice": torch.ops.aten.slice_scatter.default,
@@ -28,7 +28,8 @@ def overwritten(base: Tensor, written: Tensor) -> Tensor:
     )
 
 
-def _mutates(node: Node) -> bool:
+def writes_first(node: Node) -> bool:
+    """Whether an op writes its first argument in place."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or not node.args or not isinstance(node.args[0], Node):
         return False
@@ -52,7 +53,7 @@ def show_mutations(module: GraphModule) -> None:
     """Let every later reader of a tensor that was written through a view read a node that says so."""
     graph = module.graph
     for node in list(graph.nodes):
-        if node.op != "call_function" or not _mutates(node):
+        if node.op != "call_function" or not writes_first(node):
             continue
         view, written = node.args[0], node
         if _viewed(view) is None:

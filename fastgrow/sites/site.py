@@ -113,7 +113,7 @@ class LayerInfo:
     norm: str | None = None  # name of the normalisation module that reads its output
     activation: str | None = None  # "relu", "gelu", ...; None where none follows
     activation_module: str | None = None  # its module's name; None where it is a function call
-    is_output: bool = False  # its output is an output of the model
+    is_output: bool = False  # it reaches an output of the model, and no other layer on any way to one
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +171,10 @@ class Site:
 
 @dataclass(frozen=True)
 class Sites(Sequence[Site]):
-    """The sites of a model, by position or by name; valid for every copy of the model, in any mode.
+    """The sites of a model, by position or by name; valid for every copy of the model, in any mode and process.
 
+    They pickle (a few hundred bytes for each op of the model), with `torch.save` too; another release of torch or
+    fastgrow finds its own.
     layers: every linear and convolution layer in forward order. frozen: layers whose outputs cannot
     grow, and why. constants: the sizes of the axes that no site grows. left_out: sites that were found but
     not asked for; other sites' layouts may hold their axes. inserted: where layers stood that were inserted before.

@@ -44,7 +44,7 @@ class Evidence:
     unit_parameters: Mapping[str, float] = field(default_factory=dict)
     """Parameters that one channel adds, at the present widths."""
     unit_flops: Mapping[str, float] = field(default_factory=dict)
-    """FLOPs that one channel adds, at the present widths."""
+    """FLOPs that one channel adds to a sample's forward pass, at the present widths."""
     parameters: int = 0
     flops: float = 0.0
     norm_factor: Mapping[str, float] = field(default_factory=dict)
@@ -58,14 +58,14 @@ class Evidence:
     ranks: Mapping[str, float] = field(default_factory=dict)
     """`effective_dimension` of each site's activations or weights."""
     price: Callable[[Mapping[str, int]], tuple[float, float]] | None = None
-    """Units per site -> (parameters, FLOPs) of the whole network with them.
+    """Units per site -> (parameters, FLOPs a sample) of the whole network with them.
 
     Without it they are estimated as linear in the units, which leaves out the weights between the new
     units of two neighbouring sites.
     """
 
     def priced(self, units: Mapping[str, int]) -> tuple[float, float]:
-        """(parameters, FLOPs) of the whole network with these units."""
+        """(parameters, FLOPs a sample) of the whole network with these units."""
         if self.price is not None:
             return self.price(units)
         return (

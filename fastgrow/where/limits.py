@@ -56,8 +56,9 @@ class Limits:
 
     max_width: largest width of a site, in channels; a number, or site names or patterns to numbers.
     round_to: widths that grow end at a multiple of this (8 keeps tensor cores busy); heads are not rounded.
-    max_parameters, max_flops: of the whole network.
-    budget: what one growth may add, under any of the keys "units", "parameters", "flops".
+    max_parameters, max_flops: of the whole network; FLOPs of one forward pass of one sample, whatever the batch of the
+    example inputs, as `fastgrow.plan` reports them.
+    budget: what one growth may add, under any of the keys "units", "parameters", "flops" (likewise a sample's).
     max_new: most units that a site gains in one growth.
 
     A wish becomes the nearest width that `Site.multiple` and `round_to` allow, by one step at least.

@@ -39,8 +39,9 @@ class NAGN(Where):
     read: "after_norm" takes NAGN behind the norm that follows a layer, "before_norm" at the layer's own
     output, the paper's letter. **Open**: planted bottlenecks show reliably only behind a batch norm.
     conservative: 0 switches the rule off. **Open**: the paper gives no number.
-    output_neighbour: let the output layer stand as the neighbour of the last site; it never grows. Its
-    gradients are far larger and hide the last site, so L is the last site by default. **Open**.
+    output_neighbour: let the output layer (of several heads the one with the largest value) stand as the
+    neighbour of the last site; it never grows. Its gradients are far larger and hide the last site, so L is the
+    last site by default. **Open**.
 
     Off a chain (ours; **open**): sites in the order of their first producer, the value of a site the
     largest over its producers, projection shortcuts left out; `monotone` compares plain layers, streams
