@@ -296,7 +296,7 @@ def _joined(parts: Sequence[tuple[Capture, float]]) -> Capture:
     columns = zip(*(part.arguments for part, _ in parts), strict=True)
     arguments = tuple(_joined_argument(column, first) for column in columns)
     samples = sum(part.samples for part, _ in parts)
-    return Capture(samples, inputs, gradients, first.called, arguments, first.flat)
+    return Capture(samples, inputs, gradients, first.called, arguments, first.hidden, first.flat)
 
 
 def _joined_argument(column: Sequence[Tensor | None], first: Capture) -> Tensor | None:

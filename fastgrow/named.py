@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .closures import preserved
 from .errors import GrowthError
 from .names import find_module
-from .rehearsal import preserved
 from .sites import Sites, as_call, discover, unwrap
 
 __all__ = ["name_sites"]

@@ -61,6 +61,7 @@ class Capture:
     gradients: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # at consumers' outputs
     called: set[tuple[str, int]] = field(default_factory=set)  # consumers whose outputs a gradient could have reached
     arguments: tuple[Tensor | None, ...] = ()  # the tensors that the model was called with, in the graph's order
+    hidden: set[str] = field(default_factory=set)  # layers that were called with gradients off
     flat: bool = False  # samples are the bags of a flat text: rows of one-dimensional arguments are none
 
     def of(self, layers: Collection[str]) -> Capture:
