@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .closures import preserved
 from .errors import GrowthError
 from .names import find_module
-from .sites import Sites, as_call, discover, unwrap
+from .sites import Sites, as_call, discover, evaluation, unwrap
 
 __all__ = ["name_sites"]
 
@@ -24,8 +24,9 @@ def name_sites(model: nn.Module, example_inputs: Any, chains: Sequence[Sequence[
     called, from a layer with weights to one, with the activations, norms and pooling between; a convolution
     followed by a linear layer is flattened between. Two chains share no layer: name the longer chain instead.
 
-    You vouch that nothing else reads or writes these channels; the model is called once on the example inputs
-    for the shapes, and left as it was. Raises `GrowthError` for a name that is no module or is not called.
+    You vouch that nothing else reads or writes these channels. The model is called once on the example inputs, in
+    evaluation mode, and left as it was. Raises `GrowthError` for a name that is no module or is not called, for a chain
+    that leaves out what the model computes between two of its layers, and for one along which nothing can grow.
     """
     inner = unwrap(model)
     if isinstance(chains, str) or not all(isinstance(chain, (list, tuple)) and len(chain) > 1 for chain in chains):
@@ -40,8 +41,11 @@ def name_sites(model: nn.Module, example_inputs: Any, chains: Sequence[Sequence[
     shared = sorted({name for name in layers if layers.count(name) > 1})
     if shared:
         raise GrowthError(f"name_sites: {shared[0]!r} stands in two chains; name one chain that runs through it")
-    inputs = _inputs(inner, example_inputs, [chain[0] for chain in chains if chain])
-    sites = discover(_Chains(inner, chains), tuple(inputs))
+    sites = discover(_Chains(inner, chains), tuple(_inputs(inner, example_inputs, chains, layers)))
+    for chain in chains:
+        if not any(set(site.producers) & set(chain) for site in sites):
+            reasons = "; ".join(f"{name}: {sites.frozen[name]}" for name in chain if name in sites.frozen)
+            raise GrowthError(f"name_sites: nothing along the chain {list(chain)} can grow ({reasons or 'no layers'})")
     graph = sites.graph
     assert graph is not None
     # the model's own arguments are not those of the chains
@@ -49,29 +53,61 @@ def name_sites(model: nn.Module, example_inputs: Any, chains: Sequence[Sequence[
     return dataclasses.replace(sites, graph=dataclasses.replace(graph, trace=trace))
 
 
-def _inputs(model: nn.Module, example_inputs: Any, firsts: Sequence[str]) -> list[Tensor]:
-    """What the first layer of each chain is given in one call of the model."""
-    seen: dict[str, Tensor] = {}
+def _inputs(model: nn.Module, example_inputs: Any, chains: Sequence[Sequence[str]], layers: list[str]) -> list[Tensor]:
+    """What the first layer of each chain is given in one call of the model; its other layers are given the same there
+    and along the chain, or the chain is not what the model computes."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in (*(chain[0] for chain in chains), *layers)}
     handles = []
-    for name in firsts:
+    for name, given in seen.items():
         module = find_module(model, name)
         assert module is not None
 
-        def keep(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-            seen.setdefault(name, args[0].detach())
+        def keep(module: nn.Module, args: tuple[Any, ...], given: list[Tensor] = given) -> None:
+            given.append(args[0].detach().clone())  # what comes later may write into it
 
         handles.append(module.register_forward_pre_hook(keep))
     args, kwargs = as_call(example_inputs)
-    try:
-        with preserved(model), torch.no_grad():
+    with preserved(model), evaluation(model), torch.no_grad():
+        try:
             model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    missing = [name for name in firsts if name not in seen]
-    if missing:
-        raise GrowthError(f"name_sites: {missing[0]!r} was not called on the example inputs")
-    return [seen[name] for name in firsts]
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, given in seen.items():
+            if not given:
+                raise GrowthError(f"name_sites: {name!r} was not called on the example inputs")
+        for chain in chains:
+            before = chain[0]
+            for name, x in _along(model, seen[chain[0]][0], chain):
+                if name in seen and not any(_same(x, given) for given in seen[name]):
+                    wanted, shape = tuple(seen[name][0].shape), tuple(x.shape)
+                    found = f"other values of shape {shape}" if shape == wanted else f"{shape}"
+                    raise GrowthError(
+                        f"name_sites: {name!r} is given {wanted} in the model, and {found} along the chain, behind "
+                        f"{before!r}: name every module between them; what a function computes there cannot be named, "
+                        "so make it a module"
+                    )
+                before = name
+    return [seen[chain[0]][0] for chain in chains]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Equal but for their shapes and the rounding of half types."""
+    if one.numel() != other.numel():
+        return False
+    one, other = one.reshape(-1).double(), other.reshape(-1).double()
+    return bool(((one - other).abs() <= 2e-2 * other.abs().max()).all()) if one.numel() else True
+
+
+def _along(model: nn.Module, x: Tensor, chain: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """Each module's name with what it is given, then "" with what the last one returns."""
+    for name in chain:
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Linear) and x.dim() > 2 and x.shape[-1] != module.in_features:
+            x = x.flatten(1)
+        yield name, x
+        x = module(x)
+    yield "", x
 
 
 class _Chains(nn.Module):
@@ -83,12 +119,4 @@ class _Chains(nn.Module):
         self._chains = [list(chain) for chain in chains]
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
-        outputs = []
-        for x, chain in zip(inputs, self._chains, strict=True):
-            for name in chain:
-                module = self.get_submodule(name)
-                if isinstance(module, nn.Linear) and x.dim() > 2 and x.shape[-1] != module.in_features:
-                    x = x.flatten(1)
-                x = module(x)
-            outputs.append(x)
-        return outputs
+        return [list(_along(self, x, chain))[-1][1] for x, chain in zip(inputs, self._chains, strict=True)]

@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
+from ..arguments import instance
 from ..errors import GrowthError
 from ..layout import Layout
 from ..nn import attention_traced
@@ -131,7 +132,8 @@ class Followed:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module a person wrote, out of ``torch.compile``'s and data-parallel wrappers."""
+    """The module a person wrote, out of ``torch.compile``'s and data-parallel wrappers; `GrowthError` for no module."""
+    instance("fastgrow", "model", model, nn.Module)
     while True:
         if "_orig_mod" in model._modules:
             model = model._modules["_orig_mod"]  # type: ignore[assignment]
