@@ -25,7 +25,16 @@ def as_list(value: Any) -> list[Any]:
 
 def copies_of(also: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
     """The copies that must follow, one or any number; a Sequential is one, though it can be iterated."""
-    return [also] if isinstance(also, nn.Module) and not isinstance(also, nn.ModuleList) else list(also)
+    single = isinstance(also, nn.Module) and not isinstance(also, nn.ModuleList)
+    if isinstance(also, str) or not (single or isinstance(also, Iterable)):
+        raise GrowthError(f"also={also!r} was given; wanted copies of the model that must follow, one or a list")
+    copies: list[nn.Module] = [also] if single else list(also)  # type: ignore[list-item, arg-type]
+    for copy in copies:
+        if not isinstance(copy, nn.Module):
+            raise GrowthError(
+                f"also={copy!r} was given; wanted an nn.Module (of an EMA helper: the module it holds), one or a list"
+            )
+    return copies
 
 
 def instance(owner: str, argument: str, value: T, kind: type[Any]) -> T:

@@ -10,11 +10,11 @@ block Krylov runs on all of them side by side; a stack with an elementwise middl
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .cores import fixed_signs, svd
 from .errors import GrowthError
@@ -26,7 +26,7 @@ from .operators import StackedPair, scale_by_power
 from .reduction import SMALL_SIDE
 from .replay import ReplayMap
 from .site_data import SiteData
-from .sites import Site, Sites, tensors_of
+from .sites import Site, tensors_of
 from .solve import Directions, solve
 
 __all__ = ["UnitDirections", "block_directions", "gate_rows", "has_blocks"]
@@ -55,9 +55,8 @@ def has_blocks(site: Site) -> bool:
     return bool(site.gates) or site.separate
 
 
-def gate_rows(model: nn.Module, sites: Sites, site: Site, units: int) -> Tensor:
+def gate_rows(tensors: Mapping[str, Tensor], sizes: Mapping[int, int], site: Site, units: int) -> Tensor:
     """(n, units): random incoming weights for the gates, each entry of the present weights' size; zero elsewhere."""
-    tensors, sizes = tensors_of(model), sites.sizes(model)
     one = {**sizes, site.axis: 1}
     pieces = []
     for name in site.producers:
@@ -188,7 +187,7 @@ def block_directions(data: SiteData, units: int, *, signed: Tensor | None = None
         weights_alone = data.bias and signed is not None
         return _separate_directions(replace(data, bias=False) if weights_alone else data, units, signed)
     channels = Channels.of(tensors_of(model), sites.sizes(model), sites, site)
-    gates = gate_rows(model, sites, site, units)
+    gates = gate_rows(tensors_of(model), sites.sizes(model), site, units)
     maps = []
     for capture, weight in data.batches():
         replay = data.replay(capture)

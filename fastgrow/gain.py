@@ -9,20 +9,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .closures import backpropagated, checked_loss, preserved
 from .distributed import replicas_of, together
 from .errors import GrowthError
 from .growth_report import GrowthReport
 from .layout import index_map, new_positions
-from .rehearsal import checked_loss, preserved
+from .optimizer_state import rates_of
 from .sharded import wrapped_modules
-from .sites import Site, Sites, tensors_of
+from .sites import Site, Sites, tensors_of, unwrap
 from .surroundings import as_called
 
-__all__ = ["GainMeter"]
+__all__ = ["GainMeter", "check_closure", "check_measurable"]
 
 Steps = Mapping[str, Tensor]
 
 _NO_LOSS = "could not compute the closure's loss, so no rank measures its gain"
+
+
+def check_closure(closure: Callable[[], Tensor] | None) -> Callable[[], Tensor]:
+    """The closure that a gain is measured with; raises `GrowthError` where there is none."""
+    if closure is None:
+        raise GrowthError(
+            "measure_gain=True needs the loss again after growth: give closure=, a function that returns the loss "
+            "(grower.step(closure=...) in a loop)"
+        )
+    return closure
+
+
+def check_measurable(model: nn.Module, optimizers: Sequence[Any]) -> None:
+    """Raises `GrowthError` for a model and optimizers whose gains cannot be measured."""
+    if not rates_of(optimizers):
+        raise GrowthError(
+            "measure_gain=True measures a step of the learning rate: give optimizer=, one whose param groups have lr"
+        )
+    if wrapped_modules(model):
+        raise GrowthError(
+            "measure_gain=True moves parameters in place, which fully_shard has sharded: grow without it, or under "
+            "DistributedDataParallel"
+        )
 
 
 class GainMeter:
@@ -32,12 +56,13 @@ class GainMeter:
         report = ...                                           # the growth
         meter.fill(report)                                     # after it
 
-    With L the closure's loss, W the network right after growth, g = dL/dW there, lr the rate of the first
-    parameter group, and P_s the projection on the entries born with site s (weights, biases, norms):
+    With L the closure's loss, W the network right after growth, g = dL/dW there, lr each tensor's own rate, that of its
+    parameter group (0 for tensors that no optimizer holds), and P_s the projection on the entries born with site s
+    (weights, biases, norms):
 
     - `SiteGrowth.measured_gain` = ``L(W) - L(W - lr P_s g)``: only the new units of site s take their first step;
     - `GrowthReport.measured_gain` = ``L(W) - L(W - lr P g)``, P on the new entries of all sites together;
-    - `SiteGrowth.predicted_gain`, where the method predicts none, becomes ``lr ||P_s g||^2``;
+    - `SiteGrowth.predicted_gain`, where the method predicts none, becomes ``sum lr (P_s g)^2``;
     - `GrowthReport.loss_change` = ``L(W) - L(before)``: 0 for methods that keep the function.
 
     The step is plain gradient descent whatever the optimizer is, so that prediction and measurement speak of
@@ -47,32 +72,23 @@ class GainMeter:
 
     Costs one forward pass before growth; after it one forward and backward pass, one forward pass for each
     site, and one for all together where there are several. Under DistributedDataParallel loss and gradient are the
-    means over the ranks. Raises `GrowthError` without a closure or an optimizer, and for a model that
-    ``fully_shard`` has sharded; exceptions of the closure pass unchanged, and the other ranks raise a `GrowthError`
-    that tells them. Parameters, ``.grad``s, buffers and RNG state are left as they were found.
+    means over the ranks. Raises `GrowthError` without a closure or an optimizer with a learning rate, for a closure
+    that backpropagates, and for a model that ``fully_shard`` has sharded; exceptions of the closure pass unchanged, and
+    the other ranks raise a `GrowthError` that tells them. Parameters, ``.grad``s, buffers and RNG state are left as
+    they were found.
     """
 
     def __init__(
         self, model: nn.Module, sites: Sites, optimizers: Sequence[Any], closure: Callable[[], Tensor] | None
     ) -> None:
-        if closure is None:
-            raise GrowthError(
-                "measure_gain=True needs the loss again after growth: give closure=, a function that returns the loss "
-                "(grower.step(closure=...) in a loop)"
-            )
-        if not optimizers:
-            raise GrowthError("measure_gain=True measures a step of the learning rate: give optimizer=")
-        if wrapped_modules(model):
-            raise GrowthError(
-                "measure_gain=True moves parameters in place, which fully_shard has sharded: grow without it, or under "
-                "DistributedDataParallel"
-            )
+        closure = check_closure(closure)
+        check_measurable(model, optimizers)
         self.model = model
         self.sites = sites
-        self.rate = float(optimizers[0].param_groups[0]["lr"])
+        self._optimizers = list(optimizers)
         self._closure = as_called(closure)
         self._sizes = sites.sizes(model)
-        self._before = self._loss()
+        self._before = self._loss(first=True)
 
     def fill(self, report: GrowthReport) -> None:
         """Fills in the gains of this growth, which must be the one that followed."""
@@ -83,8 +99,9 @@ class GainMeter:
         steps = [self._step(gradients, [regions]) for regions in born]
         for entry, step in zip(report.sites, steps, strict=True):
             if entry.predicted_gain is None:
-                squares = sum(float(change.double().square().sum()) for change in step.values())
-                entry.predicted_gain = squares / self.rate if self.rate else 0.0
+                entry.predicted_gain = -sum(
+                    float((change.double() * gradients[name].double()).sum()) for name, change in step.items()
+                )
             entry.measured_gain = loss - self._loss_after(step)
         if len(steps) == 1:
             report.measured_gain = report.sites[0].measured_gain
@@ -109,7 +126,7 @@ class GainMeter:
         replicas = replicas_of(self.model)
         with preserved(self.model), torch.enable_grad(), together(replicas, _NO_LOSS):
             loss = checked_loss(self._closure)
-            found = torch.autograd.grad(loss, [leaves[name] for name in names], allow_unused=True)
+            found = backpropagated(loss, [leaves[name] for name in names])
         gradients = {name: g for name, g in zip(names, found, strict=True) if g is not None}
         if replicas is not None:
             # A rank that did not use a tensor adds zero: every rank makes the same calls.
@@ -121,14 +138,15 @@ class GainMeter:
     def _step(self, gradients: Steps, born: Sequence[Mapping[str, Sequence[tuple[int, Tensor]]]]) -> Steps:
         """-lr g on the entries of these sites, zero elsewhere."""
         steps: dict[str, Tensor] = {}
+        tensors, rates = tensors_of(self.model), rates_of(self._optimizers)
         for regions in born:
             for name, places in regions.items():
                 if name not in gradients:
                     continue
-                gradient = gradients[name]
+                gradient, rate = gradients[name], rates.get(id(tensors[name]), 0.0)
                 step = steps.setdefault(name, torch.zeros_like(gradient))
                 for dim, fresh in places:
-                    step.index_copy_(dim, fresh, gradient.index_select(dim, fresh) * -self.rate)
+                    step.index_copy_(dim, fresh, gradient.index_select(dim, fresh) * -rate)
         return steps
 
     def _loss_after(self, steps: Steps) -> float:
@@ -149,10 +167,14 @@ class GainMeter:
                 for name, value in kept.items():
                     tensors[name].copy_(value)
 
-    def _loss(self) -> float:
+    def _loss(self, first: bool = False) -> float:
+        """first: while nothing has grown, see to it that the loss can be backpropagated once something has."""
         with preserved(self.model), torch.enable_grad(), together(replicas_of(self.model), _NO_LOSS):
-            loss = float(checked_loss(self._closure).detach())
-        return self._mean(loss)
+            loss = checked_loss(self._closure)
+            left = [p for p in unwrap(self.model).parameters() if p.grad is not None] if first else []
+            if left:  # the closure has called backward()
+                backpropagated(loss, left)
+        return self._mean(float(loss.detach()))
 
     def _mean(self, loss: float) -> float:
         replicas = replicas_of(self.model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -13,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import as_list, copies_of, instance
+from .closures import checked_loss, inputs_of, preserved, undrawn_on_failure
 from .cores import to_host
 from .cuda_graphs import check_not_captured
 from .distributed import Replicas, replicas_of, together
 from .edits import EditBuilder, Edits, build_edits
 from .errors import GrowthError
-from .gain import GainMeter
+from .gain import GainMeter, check_closure, check_measurable
 from .growth_report import GrowthReport, SiteGrowth
 from .how import GradMax, How
 from .insertions import forget
@@ -27,13 +27,13 @@ from .newborns import Newborns, Start
 from .nn import Beside, MultiheadAttention, original
 from .observation import Observation
 from .observe import observe
-from .optimizer_state import check_trained
+from .optimizer_state import check_trained, rates_of
 from .plan import check_units, checked_units
-from .rehearsal import Rehearsal, checked_loss, preserved
+from .rehearsal import Rehearsal
 from .reserve import check_method, fitted, release
 from .room import has_room, live_parameters
 from .sharded import Renewals, gathered, wrapped_modules
-from .sites import Site, Sites, unwrap
+from .sites import Site, Sites, tensors_of, unwrap
 from .solve import Directions
 from .stages import clear, newest_stage
 from .surroundings import as_called, set_aside
@@ -44,7 +44,6 @@ __all__ = [
     "finalize",
     "grow",
     "grow_observed",
-    "inputs_of",
     "observe_closure",
     "observing",
     "wanted_units",
@@ -69,26 +68,37 @@ def grow(
     ``site.multiple``. how: `fastgrow.how`, GradMax by default. optimizer: one or a list; every optimizer
     of torch.optim is carried through. also: EMA copies and AveragedModels that must follow.
     closure: returns the loss of a batch, not yet backpropagated; needed by methods that read gradients,
-    called once (twice without `sites`: they are found from the inputs that it gives the model; more often by
-    methods that try the loss, as they say). ``.grad``s,
-    buffers, RNG state and modes are left as they were found. seen: an `Observation` to use instead.
+    called once (more often by methods that try the loss, as they say; without `sites` once more before, up to where it
+    calls the model: they are found from the inputs that it gives). A backward pass that it makes on its way, an
+    adversarial batch's, does not count. ``.grad``s, buffers, RNG state and modes are left as they were found. seen: an
+    `Observation` to use instead.
     Under DistributedDataParallel or ``fully_shard`` all ranks make the same call; of a sharded model one site after
     the other is gathered, grown and sharded again.
     measure_gain: fill in `measured_gain`, the decrease of the closure's loss by the new units' first step
     (`fastgrow.gain.GainMeter`): needs closure and optimizer, costs 3 more calls of the closure for one site, n + 3 for
-    n, not counted in `seconds`.
+    n, not counted in `seconds`. All but the first come after the growth, which stands if the closure raises there:
+    its exception passes unchanged, in the place of the report (``sites.widths(model)`` has the new widths; a Grower
+    keeps the report in its history).
 
-    Returns a `GrowthReport`. Raises `GrowthError`, with everything as it was, for sites that are unknown or
-    cannot grow, for units that are no positive multiple, and for gradients that are not finite; exceptions
-    of the closure pass unchanged.
+    Returns a `GrowthReport`; for ``units={}`` an empty one, without calling the closure. Raises `GrowthError`, with
+    everything as it was, the RNG state too, for sites that are unknown or cannot grow, for units that are no positive
+    multiple, and for a loss or gradients that are not finite; exceptions of the closure pass unchanged.
     """
     how = GradMax() if how is None else instance("grow", "how", how, How)
-    if sites is None:
-        if closure is None:
-            raise GrowthError("grow needs sites= (from find_sites), or a closure= from whose call they can be found")
-        sites = find_sites(model, inputs_of(model, closure))
-    instance("grow", "sites", sites, Sites)
+    if sites is not None:
+        instance("grow", "sites", sites, Sites)
+    elif closure is None:
+        raise GrowthError("grow needs sites= (from find_sites), or a closure= from whose call they can be found")
     optimizers, copies = as_list(optimizer), copies_of(also)
+    if measure_gain:
+        check_closure(closure)
+        check_measurable(model, optimizers)
+    units = _agreed(model, units)
+    if not units:
+        return _nothing_grown(model, how, optimizers, copies)
+    if sites is None:
+        assert closure is not None
+        sites = find_sites(model, inputs_of(model, closure))
     wanted = wanted_units(model, sites, units, how)
     meter = GainMeter(model, sites, optimizers, closure) if measure_gain else None
     started = time.perf_counter()
@@ -124,14 +134,14 @@ def grow_observed(
         wanted = {site.name: wanted[site.name] for site in sites if site.name in wanted}
     before = sites.widths(model)
     closure = closure and as_called(closure)
-    with set_aside():
+    with set_aside(), undrawn_on_failure(model):
         if wrapped_modules(model):
             starts, swapped = _grown_by_site(model, sites, wanted, how, seen, optimizers, also)
         else:
             starts, swapped = _grown_together(model, sites, wanted, how, seen, optimizers, also, closure, round_to)
     how.settle(model, optimizers)
     follow_configs(unwrap(model))
-    gains = _predicted_gains(starts, optimizers)
+    gains = _predicted_gains(model, sites, how, starts, optimizers)
     grown = [
         SiteGrowth(
             name,
@@ -147,15 +157,24 @@ def grow_observed(
     return GrowthReport(grown, how.name, time.perf_counter() - started, total, swapped)
 
 
-def _predicted_gains(starts: Mapping[str, Start], optimizers: list[Any]) -> dict[str, float]:
+def _predicted_gains(
+    model: nn.Module, sites: Sites, how: How, starts: Mapping[str, Start], optimizers: list[Any]
+) -> dict[str, float]:
     """Site name -> learning rate x attained squared gradient, where both are known."""
     if not optimizers:
         return {}
-    rate = float(optimizers[0].param_groups[0]["lr"])
-    known = {name: start.attained for name, start in starts.items() if start.attained is not None}
+    rates, tensors = rates_of(optimizers), tensors_of(unwrap(model))
+    known: dict[str, Tensor | float] = {}
+    slowest: dict[str, float] = {}
+    for name, start in starts.items():
+        slots = sites[name].slots_of(how.learns_first)
+        learning = [tensors[slot.tensor] for slot in slots]
+        found = [rates.get(id(tensor)) if tensor.requires_grad else None for tensor in learning]
+        if start.attained is not None and None not in found:
+            known[name], slowest[name] = start.attained, min(rate for rate in found if rate is not None)
     waiting = {name: value for name, value in known.items() if isinstance(value, Tensor)}
     known |= zip(waiting, to_host(list(waiting.values())), strict=True)
-    return {name: rate * float(value) for name, value in known.items()}
+    return {name: slowest[name] * float(value) for name, value in known.items()}
 
 
 def _grown_together(
@@ -305,14 +324,30 @@ def _rehearsed(
     return starts, build(units, starts)
 
 
+def _agreed(model: nn.Module, units: Mapping[str, int]) -> Mapping[str, int]:
+    """The units asked for; the first rank's under DistributedDataParallel or FSDP2."""
+    checked_units(units)
+    replicas = replicas_of(model)
+    return units if replicas is None else replicas.first(dict(units))
+
+
+def _nothing_grown(model: nn.Module, how: How, optimizers: list[Any], also: list[nn.Module]) -> GrowthReport:
+    """No units at no site: nothing is observed and the closure is not called; what was given must be right all the
+    same."""
+    started = time.perf_counter()
+    check_trained(unwrap(model), optimizers)
+    how.check_optimizers(optimizers)
+    widen(unwrap(model), (), optimizers=optimizers, also=also)
+    return GrowthReport([], how.name, time.perf_counter() - started, live_parameters(model))
+
+
 def wanted_units(model: nn.Module, sites: Sites, units: Mapping[str, int], how: How) -> dict[str, int]:
-    """Units of each site, checked; the first rank's under DistributedDataParallel or FSDP2."""
+    """Units of each site, checked; of a model on several ranks they must be the same on all."""
     checked_units(units)
     check_not_captured(model)
     replicas = replicas_of(model)
     if replicas is not None:
         replicas.check_renewable()
-        units = replicas.first(dict(units))
     if not how.fills_room and has_room(model):
         check_method(how)
     widths = sites.widths(model)
@@ -322,7 +357,13 @@ def wanted_units(model: nn.Module, sites: Sites, units: Mapping[str, int], how: 
 def observe_closure(model: nn.Module, watching: observe, closure: Callable[[], Tensor]) -> Observation:
     """One call of the closure under an observer; nothing of the model changes."""
     closure = as_called(closure)
-    with set_aside(), preserved(model), torch.enable_grad(), watching as seen, together(replicas_of(model)):
+    with (
+        set_aside(),
+        preserved(model),
+        torch.enable_grad(),
+        watching.of_closure() as seen,
+        together(replicas_of(model)),
+    ):
         seen.backward(checked_loss(closure), last=True)
     return seen
 
@@ -338,26 +379,6 @@ def observing(sites: Sites, units: Mapping[str, int], how: How) -> dict[str, Any
         "solvers": {how.name: how.solve} if how.solves else {},
         "unmapped": list(ranks) if how.solves and not how.reads_growth else [],
     }
-
-
-def inputs_of(model: nn.Module, closure: Callable[[], Tensor]) -> Any:
-    """The arguments that the closure's own call gives the model."""
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    hook = unwrap(model).register_forward_pre_hook(
-        lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True, prepend=True
-    )
-    try:
-        with preserved(model), torch.no_grad(), together(replicas_of(model)):
-            closure()
-    finally:
-        hook.remove()
-    if not calls:
-        raise GrowthError("the closure never called the model, so its sites cannot be found; give sites=")
-    args, kwargs = calls[0]
-    if not kwargs:
-        return args
-    names = list(inspect.signature(unwrap(model).forward).parameters)
-    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def finalize(model: nn.Module) -> nn.Module:

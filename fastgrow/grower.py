@@ -17,7 +17,7 @@ from .arguments import as_list, choice, copies_of, instance, whole
 from .distributed import replicas_of
 from .errors import GrowthError
 from .evidence import evidence_of, norm_factors
-from .gain import GainMeter
+from .gain import GainMeter, check_measurable
 from .grow import grow_observed, observe_closure, observing, wanted_units
 from .growth_map import check_mapped, check_untied
 from .growth_report import GrowthReport, SiteGrowth
@@ -26,7 +26,7 @@ from .insert import insert_layer
 from .natural import natural_directions
 from .observation import Observation
 from .observe import observe as Observer
-from .optimizer_state import check_trained
+from .optimizer_state import check_followed, check_trained
 from .plan import check_units
 from .ranks import ActivationRanks, weight_ranks
 from .reserve import check_method, check_room
@@ -35,6 +35,7 @@ from .room import has_room
 from .sharded import whole as whole_tensor
 from .sites import Site, Sites, tensors_of, unwrap
 from .stages import newest_stage
+from .tensor_checks import check_copies
 from .trial import find_sites
 from .when import When
 from .where import NORTH, Everywhere, Evidence, Where
@@ -103,10 +104,15 @@ class Grower:
         measure_gain: bool = False,
         reserve: int | Mapping[str, int] | None = None,
     ) -> None:
+        instance("Grower", "model", model, nn.Module)
+        if (sites is None) == (example_inputs is None):
+            given = "neither" if sites is None else "both"
+            raise GrowthError(
+                f"Grower: {given} of example_inputs= and sites= was given; wanted example_inputs= to find the sites "
+                "with, or the sites= found before"
+            )
         found_here = sites is None
         if sites is None:
-            if example_inputs is None:
-                raise GrowthError("Grower: give example_inputs= to find the sites with, or sites=")
             sites = find_sites(model, example_inputs)
         _check_any(instance("Grower", "sites", sites, Sites))
         self.model = model
@@ -126,11 +132,14 @@ class Grower:
             _check_any(self.sites)
         self.where.check(self.sites)
         self.also = copies_of(also)
+        self._check_followers()
         self.accumulation = whole("Grower", "accumulation", accumulation)
         self.batches = whole("Grower", "batches", batches)
         self.every = whole("Grower", "every", every)
         self.growth = choice("Grower", "growth", growth, ("exact", "sketch"))
         self.measure_gain = bool(measure_gain)
+        if self.measure_gain:
+            check_measurable(model, self.optimizers)
         self.history: list[GrowthReport] = []
         self.steps = 0
         self.dropped = 0
@@ -145,6 +154,7 @@ class Grower:
         self._asked = 0  # the last step that `when` was asked about
         self._seen: Observation | None = None
         self._watching: Observer | None = None
+        self._inside = False  # of an `observe` block
         self._one_pass = False  # whether the last measurement was of one backward pass: so may the next be
         self._spoiled = False  # it was not, and sites had been solved: they are measured anew
         self._ranks: ActivationRanks | None = None
@@ -175,6 +185,14 @@ class Grower:
             except GrowthError as error:
                 refused[name] = str(error)
         return refused
+
+    def _check_followers(self) -> None:
+        """Raises `GrowthError` for optimizers and copies that could not follow: now, not once a growth is due."""
+        tensors = tensors_of(self.model)
+        grown = {slot.tensor: tensors[slot.tensor] for site in self.sites for slot in site.slots}
+        self.how.check_optimizers(self.optimizers)
+        check_followed(self.optimizers, {id(tensor): name for name, tensor in grown.items()})
+        check_copies(self.also, grown)
 
     def _offered(self) -> Sites:
         """The sites, with the multiples and the bounds in which the method grows them at their present widths."""
@@ -232,6 +250,20 @@ class Grower:
     @contextlib.contextmanager
     def observe(self) -> Iterator[None]:
         """Around the forward and backward pass of one micro-batch: measures where a growth is armed, and its turn."""
+        if self._inside:
+            raise GrowthError(
+                "Grower.observe: this block is inside another one of the same Grower, and would be counted twice; put "
+                "one around the forward and the backward pass of each micro-batch"
+            )
+        self._inside = True
+        try:
+            with self._observed():
+                yield
+        finally:
+            self._inside = False
+
+    @contextlib.contextmanager
+    def _observed(self) -> Iterator[None]:
         if self._watching is None and not self._begin():
             yield
             return

@@ -12,9 +12,11 @@ __all__ = ["GrowthReport", "SiteGrowth"]
 class SiteGrowth:
     """What happened at one site.
 
-    captured: the solver's estimate of the captured norm. predicted_gain: learning rate (the first parameter group's)
-    times the attained squared gradient, the first-order decrease of the loss at the new units' first step; None
-    without an optimizer or where the method attains none that it knows (with measure_gain: that of the gradient found).
+    captured: the solver's estimate of the captured norm. predicted_gain: learning rate times the attained squared
+    gradient, the first-order decrease of the loss at the new units' first step. That gradient is of the weights that
+    learn first, the producers' (of how.GradMaxOpt(form="incoming") the consumers'), and so is the rate: that of their
+    parameter group, of several the lowest. None where no optimizer trains them or the method attains none that it knows
+    (with measure_gain: that of the gradient found, each tensor at its own group's rate).
     measured_gain: the decrease seen when the new units of this site alone take that step, on the batch of the
     closure (`fastgrow.gain.GainMeter`); None unless measure_gain was asked for.
     """
@@ -57,4 +59,4 @@ class GrowthReport:
 
     def __str__(self) -> str:
         grown = ", ".join(f"{site.name} {site.old_width} -> {site.new_width}" for site in self.sites)
-        return f"{self.method}: {grown} ({self.parameters} parameters, {1000 * self.seconds:.1f} ms)"
+        return f"{self.method}: {grown or 'nothing'} ({self.parameters} parameters, {1000 * self.seconds:.1f} ms)"

@@ -12,9 +12,10 @@ from torch.utils import _pytree as pytree
 
 from .arguments import as_list, copies_of, whole
 from .between import Spot, activation_of, find_spot, keeps
+from .closures import inputs_of, preserved, undrawn_on_failure
 from .distributed import replicas_of, together
 from .errors import GrowthError
-from .grow import inputs_of, observe_closure, observing
+from .grow import observe_closure, observing
 from .growth_report import GrowthReport, SiteGrowth
 from .how import GradMax, How
 from .insertions import Insertion, LayerSpec, attach, insertions
@@ -23,8 +24,9 @@ from .names import find_module
 from .newborns import Newborns, Start
 from .nn import twin
 from .observe import observe
+from .optimizer_state import rates_of
 from .plan import check_units
-from .rehearsal import preserved, restored
+from .rehearsal import restored
 from .room import has_room
 from .sites import LayerCall, as_call, discover, evaluation, tensors_of, untouched, unwrap
 from .stages import newest_stage
@@ -90,6 +92,9 @@ def insert_layer(
     """
     started = time.perf_counter()
     optimizers, copies, inner = as_list(optimizer), copies_of(also), unwrap(model)
+    for argument, given in (("after", after), ("before", before)):
+        if not isinstance(given, str) and (given is not None or argument == "after"):
+            raise GrowthError(f"insert_layer: {argument}={given!r} was given; wanted the name of a module")
     if units is None and how is not None:
         raise GrowthError(f"insert_layer: how.{how.name} starts units beside a layer: say how many with units=")
     if example_inputs is None:
@@ -99,34 +104,35 @@ def insert_layer(
     replicas = replicas_of(model)
     if replicas is not None:
         replicas.check_renewable()
-    with torch.inference_mode(False), torch.no_grad():
-        with together(replicas):
-            _refuse_sharded(inner)
-            if has_room(inner):
-                raise GrowthError(
-                    "insert_layer: the model has room reserved for growth, whose zeros a new layer would not keep; "
-                    "call fg.release first, and reserve again afterwards"
-                )
-            graph = discover(model, example_inputs).graph
-            assert graph is not None
-            spot = find_spot(inner, graph, _plain_name(inner, after), before, units is not None)
-            ways = _Layers(inner, spot, kernel_size, norm, activation)
-            specs = ways.identity() if units is None else ways.branch(whole("insert_layer", "units", units))
-            insertion = _insertion(inner, spot, specs)
-            modules = insertion.build(inner)
-            if units is None:
-                _be_identity(inner, insertion, modules, example_inputs)
-        start = Start()
-        if units is not None:
-            how = how if how is not None else GradMax()
-            how.check_optimizers(optimizers)
-            start = _start(model, spot, insertion, modules, how, units, example_inputs, closure)
-        with together(replicas):
-            _check_kept(inner, insertion, modules, example_inputs)
-    if replicas is not None:
-        replicas.share_([tensor.detach() for module in modules for tensor in tensors_of(module).values()])
-    names = {id(parameter): name for name, parameter in inner.named_parameters()}
-    attach(inner, insertion, modules, optimizers=optimizers, also=copies)
+    with undrawn_on_failure(model):
+        with torch.inference_mode(False), torch.no_grad():
+            with together(replicas):
+                _refuse_sharded(inner)
+                if has_room(inner):
+                    raise GrowthError(
+                        "insert_layer: the model has room reserved for growth, whose zeros a new layer would not keep; "
+                        "call fg.release first, and reserve again afterwards"
+                    )
+                graph = discover(model, example_inputs).graph
+                assert graph is not None
+                spot = find_spot(inner, graph, _plain_name(inner, after), before, units is not None)
+                ways = _Layers(inner, spot, kernel_size, norm, activation)
+                specs = ways.identity() if units is None else ways.branch(whole("insert_layer", "units", units))
+                insertion = _insertion(inner, spot, specs)
+                modules = insertion.build(inner)
+                if units is None:
+                    _be_identity(inner, insertion, modules, example_inputs)
+            start = Start()
+            if units is not None:
+                how = how if how is not None else GradMax()
+                how.check_optimizers(optimizers)
+                start = _start(model, spot, insertion, modules, how, units, example_inputs, closure)
+            with together(replicas):
+                _check_kept(inner, insertion, modules, example_inputs)
+        if replicas is not None:
+            replicas.share_([tensor.detach() for module in modules for tensor in tensors_of(module).values()])
+        names = {id(parameter): name for name, parameter in inner.named_parameters()}
+        attach(inner, insertion, modules, optimizers=optimizers, also=copies)
     if replicas is not None:
         replicas.renew()
     if how is not None:
@@ -134,7 +140,8 @@ def insert_layer(
     follow_configs(inner)
     renamed = {names[id(p)]: name for name, p in inner.named_parameters() if names.get(id(p), name) != name}
     width = spot.channels if units is None else units
-    rate = float(optimizers[0].param_groups[0]["lr"]) if optimizers else None
+    first = modules[0].get_parameter("weight")  # learns first: what reads it starts away from zero, it does not
+    rate = rates_of(optimizers).get(id(first)) if first.requires_grad else None
     gain = None if rate is None or start.attained is None else rate * float(start.attained)
     name = f"{insertion.place}.{insertion.name(0)}"
     return GrowthReport(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .closures import preserved
 from .errors import GrowthError
 from .names import find_module
-from .rehearsal import preserved
-from .sites import Sites, as_call, discover, untouched, unwrap
+from .sites import Sites, as_call, discover, evaluation, untouched, unwrap
 
 __all__ = ["name_sites"]
 
@@ -24,8 +24,9 @@ def name_sites(model: nn.Module, example_inputs: Any, chains: Sequence[Sequence[
     called, from a layer with weights to one, with the activations, norms and pooling between; a convolution
     followed by a linear layer is flattened between. Two chains share no layer: name the longer chain instead.
 
-    You vouch that nothing else reads or writes these channels; the model is called once on the example inputs
-    for the shapes, and left as it was. Raises `GrowthError` for a name that is no module or is not called.
+    You vouch that nothing else reads or writes these channels. The model is called once on the example inputs, in
+    evaluation mode, and left as it was. Raises `GrowthError` for a name that is no module or is not called, for a chain
+    that leaves out what the model computes between two of its layers, and for one along which nothing can grow.
     """
     inner = unwrap(model)
     if isinstance(chains, str) or not all(isinstance(chain, (list, tuple)) and len(chain) > 1 for chain in chains):
@@ -40,8 +41,12 @@ def name_sites(model: nn.Module, example_inputs: Any, chains: Sequence[Sequence[
     shared = sorted({name for name in layers if layers.count(name) > 1})
     if shared:
         raise GrowthError(f"name_sites: {shared[0]!r} stands in two chains; name one chain that runs through it")
-    inputs, inside = _called(inner, example_inputs, chains)
+    inputs, inside = _called(inner, example_inputs, chains, layers)
     sites = discover(_Chains(inner, chains), tuple(inputs))
+    for chain in chains:
+        if not any(set(site.producers) & set(chain) for site in sites):
+            reasons = "; ".join(f"{name}: {sites.frozen[name]}" for name in chain if name in sites.frozen)
+            raise GrowthError(f"name_sites: nothing along the chain {list(chain)} can grow ({reasons or 'no layers'})")
     infos = {
         name: dataclasses.replace(info, is_output=info.is_output and name not in inside)
         for name, info in sites.layers.items()
@@ -53,17 +58,18 @@ def name_sites(model: nn.Module, example_inputs: Any, chains: Sequence[Sequence[
     return dataclasses.replace(sites, layers=infos, graph=dataclasses.replace(graph, trace=trace))
 
 
-def _called(model: nn.Module, example_inputs: Any, chains: Sequence[Sequence[str]]) -> tuple[list[Tensor], set[str]]:
+def _called(
+    model: nn.Module, example_inputs: Any, chains: Sequence[Sequence[str]], layers: Sequence[str]
+) -> tuple[list[Tensor], set[str]]:
     """What the first layer of each chain is given in one call of the model; the last layers that others follow."""
-    given: dict[str, Tensor] = {}
+    given: dict[str, list[Tensor]] = {name: [] for name in (*(chain[0] for chain in chains), *layers)}
     reads: list[tuple[str, Any]] = []  # layer, where autograd has what it reads
     written: dict[str, Any] = {}  # last layer -> where autograd has its output
-    firsts = {chain[0] for chain in chains}
     lasts = {next((name for name in reversed(chain) if _is_layer(model, name)), chain[-1]) for chain in chains}
 
     def enters(name: str, args: tuple[Any, ...]) -> None:
-        if name in firsts:
-            given.setdefault(name, args[0].detach())
+        if name in given:
+            given[name].append(args[0].detach().clone())  # what comes later may write into it
         reads.extend((name, arg.grad_fn) for arg in args if isinstance(arg, Tensor))
 
     def leaves(name: str, output: Tensor) -> Tensor:
@@ -71,23 +77,42 @@ def _called(model: nn.Module, example_inputs: Any, chains: Sequence[Sequence[str
         written[name] = output.grad_fn
         return output
 
-    layers = {name for name, _ in model.named_modules() if _is_layer(model, name)}
+    watched = given.keys() | {name for name, _ in model.named_modules() if _is_layer(model, name)}
     handles = [
-        *(_module(model, n).register_forward_pre_hook(lambda _, args, n=n: enters(n, args)) for n in firsts | layers),
+        *(_module(model, n).register_forward_pre_hook(lambda _, args, n=n: enters(n, args)) for n in watched),
         *(_module(model, n).register_forward_hook(lambda _, args, out, n=n: leaves(n, out)) for n in lasts),
     ]
     args, kwargs = as_call(example_inputs)
-    try:
-        with preserved(model), untouched(model), torch.enable_grad():
-            model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    missing = [chain[0] for chain in chains if chain[0] not in given]
-    if missing:
-        raise GrowthError(f"name_sites: {missing[0]!r} was not called on the example inputs")
+    with preserved(model), untouched(model), evaluation(model):
+        try:
+            with torch.enable_grad():
+                model(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        missing = [name for name, tensors in given.items() if not tensors]
+        if missing:
+            raise GrowthError(f"name_sites: {missing[0]!r} was not called on the example inputs")
+        with torch.no_grad():
+            for chain in chains:
+                _check_along(model, chain, given)
     followed = {last for last, at in written.items() if at in _history([by for name, by in reads if name != last])}
-    return [given[chain[0]] for chain in chains], followed
+    return [given[chain[0]][0] for chain in chains], followed
+
+
+def _check_along(model: nn.Module, chain: Sequence[str], given: Mapping[str, Sequence[Tensor]]) -> None:
+    """Raises where a layer is given along the chain what it is not given in the model."""
+    before = chain[0]
+    for name, x in _along(model, given[chain[0]][0], chain):
+        if name in given and not any(_same(x, seen) for seen in given[name]):
+            wanted, shape = tuple(given[name][0].shape), tuple(x.shape)
+            found = f"other values of shape {shape}" if shape == wanted else f"{shape}"
+            raise GrowthError(
+                f"name_sites: {name!r} is given {wanted} in the model, and {found} along the chain, behind "
+                f"{before!r}: name every module between them; what a function computes there cannot be named, "
+                "so make it a module"
+            )
+        before = name
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:
@@ -112,6 +137,25 @@ def _history(nodes: Sequence[Any]) -> set[Any]:
     return found
 
 
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Equal but for their shapes and the rounding of half types."""
+    if one.numel() != other.numel():
+        return False
+    one, other = one.reshape(-1).double(), other.reshape(-1).double()
+    return bool(((one - other).abs() <= 2e-2 * other.abs().max()).all()) if one.numel() else True
+
+
+def _along(model: nn.Module, x: Tensor, chain: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """Each module's name with what it is given, then "" with what the last one returns."""
+    for name in chain:
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Linear) and x.dim() > 2 and x.shape[-1] != module.in_features:
+            x = x.flatten(1)
+        yield name, x
+        x = module(x)
+    yield "", x
+
+
 class _Chains(nn.Module):
     """The model's modules under their own names, called chain by chain."""
 
@@ -121,12 +165,4 @@ class _Chains(nn.Module):
         self._chains = [list(chain) for chain in chains]
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
-        outputs = []
-        for x, chain in zip(inputs, self._chains, strict=True):
-            for name in chain:
-                module = self.get_submodule(name)
-                if isinstance(module, nn.Linear) and x.dim() > 2 and x.shape[-1] != module.in_features:
-                    x = x.flatten(1)
-                x = module(x)
-            outputs.append(x)
-        return outputs
+        return [list(_along(self, x, chain))[-1][1] for x, chain in zip(inputs, self._chains, strict=True)]

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .arguments import whole
+from .closures import backpropagated
 from .errors import GrowthError
 from .readings import NormSums
 from .sites import Sites
@@ -138,19 +138,7 @@ class Observation:
                 "the loss was computed without calling any observed layer of the model, or none of them needs a "
                 "gradient (requires_grad=False up to their outputs)"
             )
-        try:
-            torch.autograd.grad(loss, _outermost(edges), allow_unused=True)
-        except RuntimeError as error:
-            if "backward through the graph a second time" in str(error):
-                raise GrowthError(
-                    "the closure's loss has been backpropagated already; return it without calling backward()"
-                ) from error
-            if "heckpoint" not in str(error):
-                raise
-            raise GrowthError(
-                "the model checkpoints activations with use_reentrant=True, which cannot backpropagate to chosen "
-                "tensors; use use_reentrant=False, or observe your own backward pass and give seen="
-            ) from error
+        backpropagated(loss, _outermost(edges))
 
 
 def _outermost(edges: Sequence[Any]) -> list[Any]:

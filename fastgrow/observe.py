@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import kernel_ops
 from .arguments import choice, number, whole
+from .closures import ran_hidden
 from .cuda_graphs import check_not_captured
 from .distributed import replicas_of, together
 from .errors import GrowthError
@@ -208,6 +209,13 @@ class observe:
         if last:
             self._forget()
 
+    @contextlib.contextmanager
+    def of_closure(self) -> Iterator[Observation]:
+        """A block for one `Observation.backward`: passes that a closure makes on its way to its loss do not count."""
+        with self as seen:
+            self._watching = False
+            yield seen
+
     @property
     def one_pass(self) -> bool:
         """Whether a single backward pass brought all that was seen."""
@@ -221,7 +229,12 @@ class observe:
     def _last_edges(self, last: bool) -> list[Any]:
         """What `Observation.backward` ends at."""
         self._alone = last and self._may_hurry
-        return [edge for batch in self._batches for edge in batch.edges]
+        self._watching = True
+        edges = [edge for batch in self._batches for edge in batch.edges]
+        hidden = [name for batch in self._batches for name in self.sites.layers if name in batch.capture.hidden]
+        if hidden and not edges:
+            raise ran_hidden(hidden[0])
+        return edges
 
     # -- hooks ----------------------------------------------------------------------------------------
 
@@ -311,7 +324,11 @@ class observe:
 
     def _saw(self, name: str, produces: bool, consumes: bool, x: Tensor, output: Tensor) -> None:
         # Not by output.requires_grad alone: a frozen producer's input is read all the same.
-        if not torch.is_grad_enabled() or self._multiplying:
+        if self._multiplying:
+            return
+        if not torch.is_grad_enabled():
+            if self._calls:
+                self._batches[-1].capture.hidden.add(name)
             return
         batch = self._batch(output)
         number = batch.calls.get(name, 0)
@@ -331,16 +348,18 @@ class observe:
 
         def arrived(gradient: Tensor) -> None:
             if not self._watching:
+                if torch.is_grad_enabled():
+                    batch.differentiable.add(key)
                 return
             self._measure(batch, "own" if measured else "check", name, number, gradient)
             if not consumes:
                 return
             gradient = gradient.detach()
             if self._sketches is None:
-                kept = batch.capture.gradients.get(key)
+                kept, before = batch.capture.gradients.get(key), key in batch.differentiable
                 if torch.is_grad_enabled():  # the backward pass builds a graph of its own
                     batch.differentiable.add(key)
-                if kept is not None and key in batch.differentiable:
+                if before or (kept is not None and key in batch.differentiable):
                     raise GrowthError(
                         f"layer {name!r}: a backward pass with create_graph=True went through it before another one, "
                         "and a loss that depends on gradients has no growth matrix; leave the penalty out of what is "

@@ -21,7 +21,7 @@ from .names import modules_in
 from .replacement import GrownParameter, Replacement, StateMove
 from .sharded import is_sharded, part, whole
 
-__all__ = ["Carried", "carry", "check_trained", "holds", "unwrapped"]
+__all__ = ["Carried", "carry", "check_followed", "check_trained", "holds", "rates_of", "unwrapped"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,9 +75,7 @@ def carry(optimizer: Any, grown: Mapping[int, GrownParameter]) -> Carried:
     Raises `GrowthError` naming optimizer and entry where state can't be carried.
     """
     kind = type(optimizer).__name__
-    groups, state = getattr(optimizer, "param_groups", None), getattr(optimizer, "state", None)
-    if not isinstance(groups, list) or not isinstance(state, MutableMapping):
-        raise GrowthError(f"{kind} is not an optimizer: wanted the param_groups and state of torch.optim.Optimizer")
+    groups, state = _groups_and_state(optimizer)
     members = [
         (group, position, grown[id(parameter)])
         for group in groups
@@ -88,21 +86,7 @@ def carry(optimizer: Any, grown: Mapping[int, GrownParameter]) -> Carried:
     # State may outlive its group (a group that was taken out by hand): it follows all the same.
     keys = [key for key in state if id(key) in grown]
     held = {id(found.old): found for _, _, found in members} | {id(key): grown[id(key)] for key in keys}
-    if held and isinstance(optimizer, torch.optim.LBFGS):
-        names = ", ".join(repr(found.name) for found in held.values())
-        raise GrowthError(
-            f"LBFGS holds {names}: its history is one flat vector over all parameters and can't grow; "
-            "make a new LBFGS after growth, or train with another optimizer"
-        )
-    # An optimizer that is told of growth sees to its own caches.
-    if not callable(getattr(optimizer, "grown", None)):
-        for attribute, value in vars(optimizer).items():
-            own = value is groups or value is state or attribute == "defaults" or "_hook" in attribute
-            if not own and holds(value, held):
-                raise GrowthError(
-                    f"{kind}.{attribute} keeps parameters of its own, which would stay at their old size; "
-                    "make a new optimizer after growth, or use one of torch.optim or fastgrow.optim"
-                )
+    _check_kind(optimizer, {key: found.name for key, found in held.items()})
     written: list[tuple[Tensor, Any, Tensor]] = []
     moves: list[tuple[GrownParameter, StateMove]] = []
     for key in keys:
@@ -128,6 +112,61 @@ def carry(optimizer: Any, grown: Mapping[int, GrownParameter]) -> Carried:
     for found, move in moves:
         found.moves.append(move)
     return Carried(written, list(held.values()))
+
+
+def _groups_and_state(optimizer: Any) -> tuple[list[dict[str, Any]], MutableMapping[Any, Any]]:
+    groups, state = getattr(optimizer, "param_groups", None), getattr(optimizer, "state", None)
+    if not isinstance(groups, list) or not isinstance(state, MutableMapping):
+        raise GrowthError(
+            f"{type(optimizer).__name__} is not an optimizer: wanted the param_groups and state of "
+            "torch.optim.Optimizer"
+        )
+    return groups, state
+
+
+def _check_kind(optimizer: Any, held: Mapping[int, str]) -> None:
+    """Raises `GrowthError` for an optimizer that no growth of these parameters (id -> name), which it holds, can be
+    carried through."""
+    if not held:
+        return
+    groups, state = _groups_and_state(optimizer)
+    if isinstance(optimizer, torch.optim.LBFGS):
+        names = ", ".join(map(repr, held.values()))
+        raise GrowthError(
+            f"LBFGS holds {names}: its history is one flat vector over all parameters and can't grow; "
+            "make a new LBFGS after growth, or train with another optimizer"
+        )
+    if callable(getattr(optimizer, "grown", None)):  # it sees to its own caches
+        return
+    for attribute, value in vars(optimizer).items():
+        own = value is groups or value is state or attribute == "defaults" or "_hook" in attribute
+        if not own and holds(value, held):
+            raise GrowthError(
+                f"{type(optimizer).__name__}.{attribute} keeps parameters of its own, which would stay at their old "
+                "size; make a new optimizer after growth, or use one of torch.optim or fastgrow.optim"
+            )
+
+
+def check_followed(optimizers: Iterable[Any], names: Mapping[int, str]) -> None:
+    """Raises `GrowthError` for what is no optimizer, and for one that holds a parameter of these (id -> name) and whose
+    kind cannot follow growth; what its state will be is for `carry` to check."""
+    for optimizer in unwrapped(optimizers):
+        groups, state = _groups_and_state(optimizer)
+        held = [*(parameter for group in groups for parameter in group["params"]), *state]
+        _check_kind(optimizer, {id(one): names[id(one)] for one in held if id(one) in names})
+
+
+def rates_of(optimizers: Iterable[Any]) -> dict[int, float]:
+    """id(parameter) -> the learning rate of its param group; without those of groups that give no number."""
+    rates: dict[int, float] = {}
+    for optimizer in unwrapped(optimizers):
+        for group in _groups_and_state(optimizer)[0]:
+            rate = group.get("lr")
+            if rate is not None:
+                rate = float(rate)
+                for parameter in group["params"]:
+                    rates.setdefault(id(parameter), rate)
+    return rates
 
 
 def unwrapped(optimizers: Iterable[Any]) -> Iterator[Any]:

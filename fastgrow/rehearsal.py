@@ -3,59 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .distributed import replicas_of, together, without_gradient_traffic
+from .closures import backpropagated, checked_loss, preserved
+from .cores import to_host
+from .distributed import replicas_of, together
 from .edits import Edits
 from .errors import GrowthError
-from .names import modules_in
 from .newborns import Newborns, Start
 from .sites import Sites, tensors_of, unwrap
 from .widen import widen
 
-__all__ = ["Grown", "Rehearsal", "checked_loss", "preserved", "restored"]
+__all__ = ["Grown", "Rehearsal", "restored"]
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
-
-
-@contextlib.contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
-    """Buffers and RNG state are put back, no rank waits for gradients; ``.grad`` is the caller's to leave alone."""
-    inner = unwrap(model)
-    held = {id(b): b for module in modules_in(inner) for b in module._buffers.values() if b is not None}
-    buffers = [(buffer, buffer.detach().clone()) for buffer in held.values()]
-    devices = sorted({p.device.index for p in inner.parameters() if p.is_cuda}) if torch.cuda.is_available() else []
-    state, states = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
-    with without_gradient_traffic(model):
-        try:
-            yield
-        finally:
-            torch.set_rng_state(state)
-            for device, value in zip(devices, states, strict=True):
-                torch.cuda.set_rng_state(value, device)
-            if buffers:
-                with torch.no_grad():
-                    for buffer, value in buffers:
-                        buffer.copy_(value)
-
-
-def checked_loss(closure: Callable[[], Tensor]) -> Tensor:
-    """The closure's loss; GrowthError unless it is a tensor of one element that can be backpropagated."""
-    if not callable(closure):
-        raise GrowthError(f"closure is a {type(closure).__name__}; wanted a function that returns the loss")
-    loss = closure()
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        shown = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise GrowthError(
-            f"closure returned {shown}; wanted the loss, a tensor of one element that requires grad, not yet "
-            "backpropagated"
-        )
-    return loss
 
 
 @dataclass(frozen=True)
@@ -99,20 +65,22 @@ class Rehearsal:
                 {edit.tensor: dict(edit.axes) for edit in edits.tensors},
             )
 
-    def gradients(self, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """(loss, its gradients); zero where the loss does not depend on a tensor. ``.grad`` is not touched.
+    def gradients(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The loss's gradients by tensor name; zero where it does not depend on one. ``.grad`` is not touched.
 
-        Under DistributedDataParallel both are means over the ranks, the same bits on each.
+        Under DistributedDataParallel they are means over the ranks, the same bits on each. Raises `GrowthError` where
+        the loss or one of them is not finite.
         """
         replicas = replicas_of(self.model)
         with together(replicas), torch.enable_grad():
             loss = checked_loss(self.closure)
-            found = torch.autograd.grad(loss, list(tensors), allow_unused=True)
-        pairs = zip(tensors, found, strict=True)
+            found = backpropagated(loss, list(tensors.values()))
+        pairs = zip(tensors.values(), found, strict=True)
         values = [loss.detach(), *(torch.zeros_like(t) if g is None else g for t, g in pairs)]
         if replicas is not None:
             values = [replicas.sum(value.contiguous()) / replicas.size for value in values]
-        return values[0], values[1:]
+        _check_finite(values[0], gradients := dict(zip(tensors, values[1:], strict=True)))
+        return gradients
 
     def _draw_alike(self) -> None:
         """Rank 0's random state on every rank, so that all try the same units."""
@@ -126,6 +94,19 @@ class Rehearsal:
             state = torch.cuda.get_rng_state(replicas.device)
             replicas.share_([state])
             torch.cuda.set_rng_state(state, replicas.device)
+
+
+def _check_finite(loss: Tensor, gradients: Mapping[str, Tensor]) -> None:
+    """Of all tensors at once, so that a device is waited for once."""
+    fine = to_host([value.isfinite().all() for value in (*gradients.values(), loss)])
+    bad = next((name for name, ok in zip((*gradients, None), fine, strict=True) if not ok), "")
+    if bad == "":
+        return
+    what = "the loss" if bad is None else f"layer {bad.rpartition('.')[0] or bad!r}: the gradient of {bad!r}"
+    raise GrowthError(
+        f"{what} is not finite (the loss is {float(loss):g}), so no new units can be trained on it; check the batch "
+        "and the loss, or lower the learning rate if the run has diverged"
+    )
 
 
 @contextlib.contextmanager

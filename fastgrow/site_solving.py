@@ -9,7 +9,10 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from .blocks import block_directions, has_blocks
+from .closures import ran_hidden
+from .cores import to_host
 from .distributed import Replicas, together
+from .errors import GrowthError
 from .growth_map import growth_map
 from .names import find_module
 from .newborns import Newborns
@@ -78,11 +81,14 @@ class SiteSolving:
         """
         parts = bool(getattr(solver, "for_parts", False))
         known = self._maps if self.replicas is None else {}
-        return {
-            site.name: self._pooled(self._view(site, captures, weights, known.get(site.name)), solver)
+        views = [
+            self._view(site, captures, weights, known.get(site.name))
             for site in targets
             if not has_blocks(site) or (parts and not site.gates)
-        }
+        ]
+        with together(self.replicas):
+            _check_finite([view for view in views if view.site.name not in known])
+        return {view.site.name: self._pooled(view, solver) for view in views}
 
     def forget(self) -> None:
         """Let go of the maps, which hold the tensors that they multiply."""
@@ -91,6 +97,8 @@ class SiteSolving:
     def _view(
         self, site: Site, captures: Sequence[Capture], weights: Sequence[float], known: LinearMap | None = None
     ) -> SiteView:
+        for capture in captures:
+            _check_seen(site, capture)
         rank = self.rank[site.name]
         return SiteView(self.model, self.sites, site, captures, weights, self.bias, rank=rank, known=known)
 
@@ -139,3 +147,28 @@ class SiteSolving:
 
         with self._gathered(view.site, weights=True):
             return self.replicas.on_first(own, view.weights, first, joined=self._normed_together(view.site))
+
+
+def _check_seen(site: Site, capture: Capture) -> None:
+    """Raises `GrowthError` for layers whose tensors are missing because they ran with gradients off."""
+    for names, tensors in ((site.producers, capture.inputs), (site.consumers, capture.gradients)):
+        for name in capture.hidden.intersection(names):
+            if all(name != seen for seen, _ in tensors):
+                raise ran_hidden(name)
+
+
+def _check_finite(views: Sequence[SiteView]) -> None:
+    """Raises `GrowthError` for what producers read; gradients and growth matrices were looked at."""
+    read = [
+        (name, tensor)
+        for view in views
+        for capture in view.captures
+        for (name, _), tensor in capture.inputs.items()
+        if name in view.site.producers
+    ]
+    for (name, _), fine in zip(read, to_host([tensor.isfinite().all() for _, tensor in read]), strict=True):
+        if not fine:
+            raise GrowthError(
+                f"layer {name!r}: its input is not finite; check the batch, or lower the learning rate if the run has "
+                "diverged"
+            )

@@ -8,7 +8,7 @@ plain SVD.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -16,6 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .arguments import whole
 from .cores import fixed_signs, svd, svd_of_cores, to_host
 from .errors import GrowthError
 from .foresight import FORESEEN_FROM, blocks_left, foreseen, foreseen_cost
@@ -106,6 +107,9 @@ def solve(
         raise GrowthError(f"method {method!r} is unknown; choose one of {', '.join(get_args(Method))}")
     if not 0.0 < tol < 1.0:
         raise GrowthError(f"tol is the captured norm to reach, between 0 and 1; got {tol}")
+    if not isinstance(maps, Iterable):
+        raise GrowthError(f"top_directions: matrices is a {type(maps).__name__}; a list of tensors is wanted")
+    maps = list(maps)
     ranks = _ranks(k, len(maps))
     labels = [f"matrix {i}" for i in range(len(maps))] if names is None else [f"layer {n!r}" for n in names]
     if len(labels) != len(maps):
@@ -169,6 +173,10 @@ def _as_map(matrix: LinearMap | Tensor, label: str) -> LinearMap:
     if not isinstance(matrix, Tensor) or matrix.dim() != 2:
         seen = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
         raise GrowthError(f"{label} is {seen}; a tensor of shape (m, n) or a LinearMap is wanted")
+    if matrix.layout != torch.strided:
+        raise GrowthError(f"{label} has layout {matrix.layout}; a strided tensor is wanted: call .to_dense()")
+    if matrix.is_meta:
+        raise GrowthError(f"{label} is on the meta device and has no values; a tensor that has is wanted")
     return DenseMap(matrix)
 
 
@@ -176,10 +184,7 @@ def _ranks(k: int | Sequence[int], count: int) -> list[int]:
     ranks = list(k) if isinstance(k, Sequence) else [k] * count
     if len(ranks) != count:
         raise GrowthError(f"{count} matrices but {len(ranks)} ranks; give one k, or one per matrix")
-    for rank in ranks:
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise GrowthError(f"k = {rank!r}: an int of at least 1 is wanted")
-    return ranks
+    return [whole("top_directions", "k", rank) for rank in ranks]
 
 
 def _check_finite(problems: list[_Problem]) -> None:

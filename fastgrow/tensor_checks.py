@@ -12,11 +12,11 @@ from torch.nn.utils import parametrize
 
 from . import stages
 from .errors import GrowthError
-from .names import find_module, is_wrapper, modules_in
+from .names import find_module, find_tensor, is_wrapper, modules_in
 from .optimizer_state import holds
 from .replacement import GrownParameter
 
-__all__ = ["check_memory", "check_owner", "check_parametrization", "check_references", "unknown_tensor"]
+__all__ = ["check_copies", "check_memory", "check_owner", "check_parametrization", "check_references", "unknown_tensor"]
 
 _PLAIN = frozenset((bool, int, float, str, NoneType))
 _OWN = frozenset(("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", stages.ATTRIBUTE))
@@ -93,6 +93,19 @@ def check_parametrization(module: parametrize.ParametrizationList, grown: Mappin
             f"the parametrization {kinds} fails on the grown {', '.join(fresh)}: {error}; edit all of its "
             "tensors, or call torch.nn.utils.parametrize.remove_parametrizations before growing"
         ) from error
+
+
+def check_copies(copies: Sequence[nn.Module], tensors: Mapping[str, Tensor]) -> None:
+    """Raises `GrowthError` for a copy of the model that lacks one of its tensors or has it in another shape."""
+    for copy in copies:
+        whose = f"a copy that must follow ({type(copy).__name__})"
+        for name, own in tensors.items():
+            place = find_tensor(copy, name)
+            if place is None:
+                raise GrowthError(unknown_tensor(copy, name, whose))
+            theirs = getattr(*place)
+            if theirs.shape != own.shape:
+                raise GrowthError(f"{whose}: {name!r} has shape {tuple(theirs.shape)}, in the model {tuple(own.shape)}")
 
 
 def unknown_tensor(root: nn.Module, name: str, whose: str) -> str:

@@ -135,6 +135,8 @@ class Stages(Milestones):
     """
 
     def __init__(self, schedule: Iterable[int], steps_per_epoch: int | Sequence[int] = 1) -> None:
+        if not isinstance(schedule, Iterable):
+            raise GrowthError(f"when.Stages: schedule={schedule!r} was given; wanted a list of stages' lengths")
         lengths = [whole("when.Stages", "schedule", length) for length in schedule]
         given = list(steps_per_epoch) if isinstance(steps_per_epoch, Sequence) else [steps_per_epoch] * len(lengths)
         steps = [whole("when.Stages", "steps_per_epoch", value) for value in given]

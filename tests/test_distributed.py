@@ -231,7 +231,8 @@ def random_growth(rank: int) -> dict[str, Tensor]:
         closure=lambda: F.cross_entropy(ddp(x), y),
     )
     assert calls == [100]  # one forward pass, no gradient on the wire
-    fg.grow(ddp, {"c1": 2, "f": 3}, fg.how.Random(), sites=sites, optimizer=optimizer)
+    fg.grow(ddp, {"c1": 2}, fg.how.Random(), sites=sites, optimizer=optimizer)
+    fg.grow(ddp, {"f": 3}, fg.how.ZeroOutgoing(), sites=sites, optimizer=optimizer)
     assert ddp.find_unused_parameters
     assert ddp.gradient_as_bucket_view
     assert ddp.bucket_bytes_cap == 2 * 2**20
@@ -242,7 +243,8 @@ def random_growth(rank: int) -> dict[str, Tensor]:
     assert calls.count(1) == 1
     handle.remove()
     own = made(Net)
-    fg.grow(own, {"c1": 4, "f": 3}, fg.how.Random(), sites=sites)
+    fg.grow(own, {"c1": 4}, fg.how.Random(), sites=sites)
+    fg.grow(own, {"f": 3}, fg.how.ZeroOutgoing(), sites=sites)
     own.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
     full_x, full_y = data()
     F.cross_entropy(own(full_x), full_y).backward()
@@ -307,7 +309,7 @@ def resumed(rank: int, folder: Path) -> dict[str, Tensor]:
     ddp = DDP(made(Net))
     sites = fg.find_sites(ddp, x)
     optimizer = torch.optim.Adam(ddp.parameters())
-    fg.grow(ddp, {"c1": 2, "f": 2}, fg.how.Random(), sites=sites, optimizer=optimizer)
+    fg.grow(ddp, {"c1": 2, "f": 2}, fg.how.ZeroOutgoing(), sites=sites, optimizer=optimizer)
     train(ddp, optimizer, x, y)
     if rank == 0:
         save(folder / "grown.pt", ddp, optimizer)

@@ -362,8 +362,8 @@ def refusals(rank: int) -> dict[str, Tensor]:
     across = made(Convs, rank, shard_placement_fn=lambda p: Shard(1) if p.dim() == 2 and p.shape[1] == 6 else None)
     frames, _ = data(Convs)
     with pytest.raises(fg.GrowthError, match="divides over 2 ranks"):
-        fg.grow(across, {"f": 1}, fg.how.Random(), sites=fg.find_sites(across, frames))
-    fg.grow(across, {"f": 2}, fg.how.Random(), sites=fg.find_sites(across, frames))
+        fg.grow(across, {"f": 1}, fg.how.ZeroOutgoing(), sites=fg.find_sites(across, frames))
+    fg.grow(across, {"f": 2}, fg.how.ZeroOutgoing(), sites=fg.find_sites(across, frames))
     assert across.out.weight.placements == (Shard(1),)
     across(frames)
     train(model, optimizer, x, y)

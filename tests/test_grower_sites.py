@@ -65,7 +65,7 @@ def test_policies_ask_for_what_the_method_can_grow(how: fg.how.How, name: str, w
     assert [report.sites[0].new_width for report in grower.history] == widths
 
 
-@pytest.mark.parametrize("how", [fg.how.GradMax(), fg.how.Random()], ids=["GradMax", "Random"])
+@pytest.mark.parametrize("how", [fg.how.GradMax(), fg.how.ZeroOutgoing()], ids=["GradMax", "ZeroOutgoing"])
 def test_a_site_that_the_method_cannot_grow_is_refused_before_training(how: fg.how.How) -> None:
     model, x = Called(), torch.randn(16, 8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

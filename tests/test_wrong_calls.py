@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from nets import small
@@ -34,7 +36,37 @@ CALLS: dict[str, tuple[str, Callable[..., object]]] = {
     "a position to leave out": ("exclude=0", lambda **c: fg.find_sites(c["model"], torch.ones(1, 8), exclude=[0])),
     "one milestone": ("when.Milestones: steps=5", lambda **c: fg.when.Milestones(5)),
     "a grower for its history": ("grower.history", lambda **c: fg.report(grower(c))),
+    "nothing to finalize": ("model=None.*instance of Module", lambda **c: fg.finalize(None)),
+    "nothing to grow": ("model=None.*instance of Module", lambda **c: fg.grow(**c | {"model": None})),
+    "a model's class": (
+        "write Linear",
+        lambda **c: fg.Grower(nn.Linear, None, sites=c["sites"], when=fg.when.Every(5)),
+    ),
+    "no model to grow": ("model=None", lambda **c: fg.Grower(None, None, sites=c["sites"], when=fg.when.Every(5))),
+    "sites twice": ("both of example_inputs= and sites=", lambda **c: grower(c, example_inputs=torch.ones(1, 8))),
+    "no sites": ("neither of example_inputs= and sites=", lambda **c: grower(c, sites=None)),
+    "a copy's name": ("also='x' was given", lambda **c: fg.grow(**c, also="x")),
+    "a copy's state": ("wanted an nn.Module", lambda **c: fg.grow(**c, also=[c["model"].state_dict()])),
+    "one number as copies": ("also=3 was given", lambda **c: grower(c, also=3)),
+    "a copy of another model": ("a copy that must follow .Linear. has no", lambda **c: grower(c, also=nn.Linear(2, 2))),
+    "an optimizer's name": ("str is not an optimizer", lambda **c: fg.Grower(c["model"], "sgd", **rest(c))),
+    "an optimizer that cannot grow": (
+        "LBFGS holds '0.weight'",
+        lambda **c: fg.Grower(c["model"], torch.optim.LBFGS(c["model"].parameters()), **rest(c)),
+    ),
+    "gains without a rate": ("give optimizer=", lambda **c: fg.Grower(c["model"], None, **rest(c), measure_gain=True)),
+    "a layer's position": ("after=3 was given.*name of a module", lambda **c: fg.insert_layer(c["model"], 3)),
+    "a reader's position": ("before=3 was given", lambda **c: fg.insert_layer(c["model"], "0", before=3)),
+    "a position to find": ("include=3 was given", lambda **c: fg.find_sites(c["model"], torch.ones(1, 8), include=3)),
+    "one stage": ("when.Stages: schedule=5", lambda **c: fg.when.Stages(5)),
+    "a budget of something": ("budget=3 was given.*mapping", lambda **c: fg.where.SingularValues(budget=3)),
+    "a rate in words": ("optim.AvaGrad: lr='a'", lambda **c: fg.optim.AvaGrad(c["model"].parameters(), lr="a")),
+    "an endless average": ("below 1", lambda **c: fg.optim.AvaGrad(c["model"].parameters(), betas=(0.9, 1.0))),
 }
+
+
+def rest(call: dict[str, object]) -> dict[str, Any]:
+    return {"sites": call["sites"], "when": fg.when.Every(5)}
 
 
 def grower(call: dict[str, object], **options: object) -> fg.Grower:
@@ -92,7 +124,10 @@ OPS: dict[str, tuple[str, Callable[[Tensor], object]]] = {
     "a list": ("x is a list", lambda x: fg.ops.sum_of_squares([1.0])),  # type: ignore[arg-type]
     "no tensors": ("wanted a list", lambda x: fg.ops.sums_of_squares(None)),  # type: ignore[arg-type]
     "None": ("grad is a NoneType", lambda x: fg.ops.activation_backward(None, x, "relu")),  # type: ignore[arg-type]
-    "half a direction": ("k = 1.5", lambda x: fg.ops.top_directions([x], 1.5)),  # type: ignore[arg-type]
+    "no matrices": ("matrices is a NoneType", lambda x: fg.ops.top_directions(None, 1)),
+    "a sparse matrix": ("call .to_dense", lambda x: fg.ops.top_directions([x.to_sparse()], 1)),
+    "a matrix without values": ("meta device", lambda x: fg.ops.top_directions([x.to("meta")], 1)),
+    "half a direction": ("k=1.5", lambda x: fg.ops.top_directions([x], 1.5)),  # type: ignore[arg-type]
     "out is a list": ("out is a list", lambda x: fg.ops.linear_growth_matrix(x, x, out=[x])),  # type: ignore[arg-type]
     "out is an input": ("out shares memory with grad_output", lambda x: fg.ops.linear_growth_matrix(x, x, out=x)),
     "out is a view of one": (
@@ -124,3 +159,56 @@ def test_out_may_lie_beside_an_input() -> None:
     x, out = whole[:6], whole[6:]
     expected = out + x.T @ x
     torch.testing.assert_close(fg.ops.linear_growth_matrix(x, x, out=out), expected)
+
+
+def test_ranks_may_be_any_integers() -> None:
+    matrix = torch.diag(torch.arange(1.0, 6.0))
+    for k in (np.int64(2), torch.tensor(2), [np.int32(2)]):
+        assert fg.ops.top_directions([matrix], k)[0].values.tolist() == [5.0, 4.0]
+    assert len(fg.ops.top_directions((m for m in [matrix, matrix]), 1)) == 2
+
+
+def test_a_block_inside_another_is_refused_and_both_are_over() -> None:
+    model, x, y = small()
+    grower = fg.Grower(model, None, example_inputs=x, when=fg.when.Every(1), where=fg.where.Everywhere(2))
+    message = "inside another one of the same Grower"
+    with pytest.raises(fg.GrowthError, match=message), grower.observe(), grower.observe():
+        raise AssertionError("entered")
+    with grower.observe():
+        F.mse_loss(model(x), y).backward()
+    assert grower.step() is not None
+
+
+def test_a_copy_of_another_width_is_refused_before_training() -> None:
+    model, x, _ = small()
+    sites = fg.find_sites(model, x)
+    narrow = copy.deepcopy(model)
+    fg.grow(model, {"0": 2}, fg.how.ZeroOutgoing(), sites=sites)
+    with pytest.raises(fg.GrowthError, match=r"'0.weight' has shape .*, in the model"):
+        fg.Grower(model, None, sites=sites, when=fg.when.Every(5), also=narrow)
+
+
+def test_a_chain_that_leaves_something_out_is_refused() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+    x = torch.randn(5, 4)
+    sites = fg.name_sites(model, x, [["0", "1", "2", "3", "4"]])
+    assert [site.name for site in sites] == ["0", "2"]
+    with pytest.raises(fg.GrowthError, match=r"'4' is given \(5, 8\) in the model, and other values.*behind '1'"):
+        fg.name_sites(model, x, [["0", "1", "4"]])
+    with pytest.raises(fg.GrowthError, match="other values of shape"):
+        fg.name_sites(model, x, [["0", "2"]])
+    with pytest.raises(fg.GrowthError, match="nothing along the chain .* can grow .2: its output"):
+        fg.name_sites(model, x, [["1", "2"]])
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.conv2, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.conv2(self.conv1(x)).mean((2, 3)))
+
+    images = torch.randn(2, 3, 8, 8)
+    with pytest.raises(fg.GrowthError, match=r"'fc' is given \(2, 8\) in the model, and \(2, 8, 8, 8\) along"):
+        fg.name_sites(Pooled(), images, [["conv1", "fc"]])

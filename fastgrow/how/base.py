@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -14,7 +14,9 @@ from ..site_view import SiteView
 from ..sites import Site
 from ..solve import Directions
 
-__all__ = ["How", "refuse_mixing", "site_multiple"]
+__all__ = ["DEAD_AT_ZERO", "How", "refuse_dead", "refuse_mixing", "site_multiple"]
+
+DEAD_AT_ZERO = frozenset(("relu", "relu6", "hardtanh"))
 
 
 class How:
@@ -33,6 +35,8 @@ class How:
     those before it grown."""
     needs_closure = False
     """Whether the loss is needed again: `rehearse` answers instead of `start`."""
+    learns_first: Literal["producer", "consumer"] = "producer"
+    """The side whose new weights receive the gradient that `Start.attained` is the square of."""
     fills_room = True
     """Whether units can start in room that was reserved: not where a method tries or reads the tensors themselves."""
 
@@ -100,3 +104,14 @@ def refuse_mixing(how: How, site: Site, kinds: Collection[str] = ("layer_norm", 
                 f"site {site.name!r}: {norm.module!r} ({norm.kind}) mixes its channels, so how.{how.name} would "
                 "change what the present units write; copy all of them (how.Net2Net, units = the width)"
             )
+
+
+def refuse_dead(how: How, site: Site, others: str) -> None:
+    """Raises `GrowthError` where units born at zero would stay there: behind an activation that is dead at 0 and that
+    no module stands for, which its twin could replace. others: what to do instead."""
+    functional = [a.kind for a in site.activations if a.kind in DEAD_AT_ZERO and a.module is None]
+    if functional:
+        raise GrowthError(
+            f"site {site.name!r}: units that how.{how.name} starts at zero never learn behind {functional[0]}, called "
+            f"as a function; use nn.ReLU in the model, {others}"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -37,8 +37,8 @@ class Firefly(How):
     zero. The function changes by about epsilon (and split_epsilon^2): both are small numbers, not zero.
 
     Costs `steps` (variant "full": steps + samples) calls of the closure, each a forward and a backward pass of the
-    grown network. Raises `GrowthError` without a closure, where norms mix the channels, and with variant="full" for
-    gates, heads and groups.
+    grown network. Raises `GrowthError` without a closure, where the loss or a gradient is not finite, where norms mix
+    the channels, and with variant="full" for gates, heads and groups.
     """
 
     needs_closure = True
@@ -113,10 +113,7 @@ class Firefly(How):
 
     def _move(self, rehearsal: Rehearsal, tried: list[_Tried], step: int) -> None:
         """One step of Adam on everything that is new, then back to the norms."""
-        names = list(dict.fromkeys(name for one in tried for name in one.names))
-        leaves = tried[0].grown.tensors
-        _, found = rehearsal.gradients([leaves[name] for name in names])
-        gradients = dict(zip(names, found, strict=True))
+        gradients = rehearsal.gradients(_leaves(tried))
         for one in tried:
             one.move(gradients, self.rate, step)
         for one in tried:
@@ -124,14 +121,12 @@ class Firefly(How):
 
     def _judge(self, rehearsal: Rehearsal, tried: list[_Tried]) -> None:
         """Each candidate's share of the loss's decrease on the way from nothing to its trained state."""
-        names = list(dict.fromkeys(name for one in tried for name in one.names))
-        leaves = tried[0].grown.tensors
+        leaves = _leaves(tried)
         for point in range(self.samples):
             share = (point + 0.5) / self.samples
             for one in tried:
                 one.write(share)
-            _, found = rehearsal.gradients([leaves[name] for name in names])
-            gradients = dict(zip(names, found, strict=True))
+            gradients = rehearsal.gradients(leaves)
             for one in tried:
                 one.score += one.decrease(gradients) / self.samples
 
@@ -277,6 +272,11 @@ class _Tried:
         if len(self.old):
             changes.insert(0, (slopes["delta"] * self.delta).sum(0))
         return torch.cat(changes).float().cpu()
+
+
+def _leaves(tried: Iterable[_Tried]) -> dict[str, Tensor]:
+    """What the candidates of all sites stand in."""
+    return {name: one.grown.tensors[name] for one in tried for name in one.names}
 
 
 def _scaled(columns: Tensor, norm: float) -> Tensor:

@@ -14,12 +14,10 @@ from ..errors import GrowthError
 from ..newborns import Newborns, Start
 from ..sites import Site
 from ..solve import Directions
-from .base import How
+from .base import DEAD_AT_ZERO, How
 from .completion import completed
 
 __all__ = ["GradMax"]
-
-DEAD_AT_ZERO = frozenset(("relu", "relu6", "hardtanh"))
 
 
 class GradMax(How):

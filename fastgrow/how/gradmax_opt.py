@@ -18,8 +18,7 @@ from ..site_view import SiteView, for_parts
 from ..sites import Site, tensors_of
 from ..solve import Directions
 from ..units import gather
-from .base import How, refuse_mixing
-from .gradmax import DEAD_AT_ZERO
+from .base import How, refuse_dead, refuse_mixing
 
 __all__ = ["GradMaxOpt"]
 
@@ -70,6 +69,7 @@ class GradMaxOpt(How):
         self.project = choice("how.GradMaxOpt", "project", project, ("columns", "matrix"))
         self.tangent = bool(tangent)
         self.starts_at_zero = self.reads_growth = form == "outgoing"
+        self.learns_first = "producer" if form == "outgoing" else "consumer"
 
     def check(self, site: Site, units: int) -> None:
         if site.gates or site.heads:
@@ -80,12 +80,7 @@ class GradMaxOpt(How):
         if self.form == "incoming":
             refuse_mixing(self, site)
             return
-        dead = [a.kind for a in site.activations if a.kind in DEAD_AT_ZERO and a.module is None]
-        if dead:
-            raise GrowthError(
-                f"site {site.name!r}: units born at zero never learn behind {dead[0]}, called as a function; use "
-                "nn.ReLU in the model, how.GradMaxOpt(form='incoming'), or how.GradMax (signed pairs)"
-            )
+        refuse_dead(self, site, "how.GradMaxOpt(form='incoming'), or how.GradMax (signed pairs)")
 
     @for_parts
     def solve(self, view: SiteView) -> Directions:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ..arguments import choice, number
+from ..blocks import gate_rows
 from ..newborns import Newborns, Start
 from ..sites import Site
-from .base import How, refuse_mixing
+from .base import How, refuse_dead, refuse_mixing
 
 __all__ = ["Random"]
 
@@ -19,7 +20,8 @@ class Random(How):
     Each unit's outgoing column is drawn from N(0, 1) (or U[-1, 1]) and given the norm `scale` times the
     mean norm of the present units' outgoing weights (as in GradMax), or `scale` itself with norm="fixed"; in each
     group of a grouped convolution and each member of a stack by itself.
-    Costs nothing. Raises `GrowthError` where a LayerNorm mixes the channels.
+    Gates, and attention's queries and keys, start at random as in GradMax: what multiplies zeros would never learn.
+    Costs nothing. Raises `GrowthError` where a LayerNorm mixes the channels, and for a ReLU that is a function call.
     (GradMax paper, section 4; the public code draws from U[0, 1], all positive.)
     """
 
@@ -32,6 +34,8 @@ class Random(How):
 
     def check(self, site: Site, units: int) -> None:
         refuse_mixing(self, site, ("layer_norm",))
+        if not site.gates:  # theirs start away from zero
+            refuse_dead(self, site, "how.ZeroOutgoing, or how.GradMax (signed pairs)")
 
     def start(self, newborns: Newborns) -> Start:
         columns = random_columns(newborns, self.distribution)
@@ -41,7 +45,11 @@ class Random(How):
             target = newborns.channels.out.spread(parts)
         else:
             target = newborns.outgoing_norm(self.scale, self.norm)
-        return Start(outgoing=newborns.split(columns * target, "consumer"))
+        incoming = {}
+        if newborns.site.gates:
+            gates = gate_rows(newborns.tensors, newborns.sizes, newborns.site, newborns.steps).to(columns)
+            incoming = newborns.split(gates, "producer")
+        return Start(incoming, outgoing=newborns.split(columns * target, "consumer"))
 
 
 def random_columns(newborns: Newborns, distribution: str = "normal") -> Tensor:

@@ -12,9 +12,8 @@ from ..newborns import Newborns, Start
 from ..site_view import SiteView
 from ..sites import Site
 from ..solve import Directions
-from .base import How, refuse_mixing
+from .base import How, refuse_dead, refuse_mixing
 from .completion import completed
-from .gradmax import DEAD_AT_ZERO
 
 __all__ = ["TINY"]
 
@@ -61,12 +60,7 @@ class TINY(How):
         if self.amplitude:
             refuse_mixing(self, site)
             return
-        dead = [a.kind for a in site.activations if a.kind in DEAD_AT_ZERO and a.module is None]
-        if dead:
-            raise GrowthError(
-                f"site {site.name!r}: units born at zero never learn behind {dead[0]}, called as a function; use "
-                "nn.ReLU in the model, how.TINY(amplitude=...), or how.GradMax (signed pairs)"
-            )
+        refuse_dead(self, site, "how.TINY(amplitude=...), or how.GradMax (signed pairs)")
 
     def solve(self, view: SiteView) -> Directions:
         return natural_directions(view, self.project)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..arguments import number
 from ..errors import GrowthError
 from . import fused
 from .adam import moments_of
@@ -56,12 +57,11 @@ class AvaGrad(GrowingOptimizer):
         backend: Backend = "auto",
     ) -> None:
         for name, value in (("lr", unwrap(lr)), ("weight_decay", weight_decay)):
-            if not value >= 0:
-                raise ValueError(f"Invalid {name}: {value}")
-        if not eps > 0:
-            raise ValueError(f"Invalid eps: {eps}; the first step divides by it")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"Invalid betas: {betas}")
+            number("optim.AvaGrad", name, value, least=0)
+        number("optim.AvaGrad", "eps", eps, above=0)  # the first step divides by it
+        for beta in betas:
+            if number("optim.AvaGrad", "betas", beta, least=0) >= 1:
+                raise GrowthError(f"optim.AvaGrad: betas={betas!r} was given; wanted numbers of at least 0 and below 1")
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**options, "maximize": maximize, "foreach": foreach})
         self._start(rate_adaptation, output_scale, stage_options, backend)

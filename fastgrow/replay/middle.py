@@ -64,6 +64,7 @@ class Capture:
     called: set[tuple[str, int]] = field(default_factory=set)  # consumers whose outputs a gradient could have reached
     arguments: dict[str, Tensor] = field(default_factory=dict)  # the tensors that the model was called with, by place
     call: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # what it was called with, positional and by name
+    hidden: set[str] = field(default_factory=set)  # layers that were called with gradients off
     flat: bool = False  # samples are the bags of a flat text: rows of one-dimensional arguments are none
 
     def of(self, layers: Collection[str]) -> Capture:

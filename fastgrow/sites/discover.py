@@ -116,6 +116,8 @@ def _chosen(
 ) -> list[Site]:
     def matching(patterns: str | Iterable[str], word: str) -> set[str]:
         names: set[str] = set()
+        if not isinstance(patterns, Iterable):
+            raise GrowthError(f"{word}={patterns!r} was given; wanted names of sites, or patterns of them")
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
             if not isinstance(pattern, str):
                 raise GrowthError(f"{word}={pattern!r} was given; wanted names of sites, or patterns of them")

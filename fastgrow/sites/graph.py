@@ -19,6 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
+from ..arguments import instance
 from ..errors import GrowthError
 from ..layout import Layout
 from ..nn import attention_traced
@@ -181,7 +182,8 @@ def _followed(
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module a person wrote, out of ``torch.compile``'s and data-parallel wrappers."""
+    """The module a person wrote, out of ``torch.compile``'s and data-parallel wrappers; `GrowthError` for no module."""
+    instance("fastgrow", "model", model, nn.Module)
     while True:
         if "_orig_mod" in model._modules:
             model = model._modules["_orig_mod"]  # type: ignore[assignment]

@@ -69,7 +69,8 @@ class SingularValues(Where):
         cost: Cost = "parameters",
         **limits: Unpack[LimitOptions],
     ) -> None:
-        budget = dict(limits.get("budget", {}))
+        given = Limits(**limits, max_new=max_new)
+        budget = dict(given.budget)
         if units is not None:
             budget["units"] = min(budget.get("units", units), whole("where.SingularValues", "units", units))
         if not budget:
@@ -77,7 +78,7 @@ class SingularValues(Where):
                 "where.SingularValues: neither units nor budget was given; wanted units=, or budget= with "
                 "'units', 'parameters' or 'flops'"
             )
-        super().__init__(replace(Limits(**limits, max_new=max_new), budget=budget))
+        super().__init__(replace(given, budget=budget))
         self.cost = choice("where.SingularValues", "cost", cost, COSTS)
 
     def most(self, site: Site, width: int) -> int:
