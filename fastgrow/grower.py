@@ -7,27 +7,26 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .arguments import as_list, choice, copies_of, instance, whole
+from .beforehand import check_any, check_followers, offered, refused, wishes
 from .distributed import replicas_of
 from .errors import GrowthError
 from .evidence import evidence_of, norm_factors
 from .gain import GainMeter, check_measurable
 from .grow import grow_observed, observe_closure, observing, wanted_units
-from .growth_map import check_mapped, check_untied
 from .growth_report import GrowthReport, SiteGrowth
 from .how import GradMax, How
 from .insert import insert_layer
 from .natural import natural_directions
 from .observation import Observation
 from .observe import observe as Observer
-from .optimizer_state import check_followed, check_trained
-from .plan import check_units
+from .optimizer_state import check_trained
 from .ranks import ActivationRanks, weight_ranks
 from .reserve import check_method, check_room
 from .reserve import reserve as make_room
@@ -35,7 +34,6 @@ from .room import has_room
 from .sharded import whole as whole_tensor
 from .sites import Site, Sites, tensors_of, unwrap
 from .stages import newest_stage
-from .tensor_checks import check_copies
 from .trial import find_sites
 from .when import When
 from .where import NORTH, Everywhere, Evidence, Where
@@ -61,7 +59,8 @@ class Grower:
     it on the steps between the measured ones (`every`): no hook is set.
 
     optimizer: one or a list. sites: as found by `find_sites`: an error where the policy may ask for one that the method
-    cannot grow. Or example_inputs to find them with: such sites are left out, ``grower.sites.frozen`` says why.
+    cannot grow. Without sites, example_inputs to find them with: such ones are left out, ``grower.sites.frozen`` says
+    why.
     also: EMA copies that must follow. accumulation: `observe` blocks (micro-batches) per step.
     batches: steps whose gradients are averaged for a growth, each at the weights of its own step; fewer before a
     growth that is foreseen earlier, and one batch where a `closure` measures. every: they lie so many steps apart,
@@ -105,16 +104,12 @@ class Grower:
         reserve: int | Mapping[str, int] | None = None,
     ) -> None:
         instance("Grower", "model", model, nn.Module)
-        if (sites is None) == (example_inputs is None):
-            given = "neither" if sites is None else "both"
-            raise GrowthError(
-                f"Grower: {given} of example_inputs= and sites= was given; wanted example_inputs= to find the sites "
-                "with, or the sites= found before"
-            )
         found_here = sites is None
         if sites is None:
+            if example_inputs is None:
+                raise GrowthError("Grower: give example_inputs= to find the sites with, or sites=")
             sites = find_sites(model, example_inputs)
-        _check_any(instance("Grower", "sites", sites, Sites))
+        check_any(instance("Grower", "sites", sites, Sites))
         self.model = model
         self.optimizers = as_list(optimizer)
         check_trained(unwrap(model), self.optimizers)
@@ -122,17 +117,17 @@ class Grower:
         self.when = instance("Grower", "when", when, When)
         self.where = Everywhere(fraction=0.25) if where is None else instance("Grower", "where", where, Where)
         self.how = GradMax() if how is None else instance("Grower", "how", how, How)
-        if refused := self._refused():
+        if unfit := refused(model, self.sites, self.where, self.how):
             if not found_here:
                 raise GrowthError(
-                    f"Grower: {next(iter(refused.values()))}. To grow the others: "
-                    f"sites=fastgrow.find_sites(model, inputs, exclude={list(refused)})"
+                    f"Grower: {next(iter(unfit.values()))}. To grow the others: "
+                    f"sites=fastgrow.find_sites(model, inputs, exclude={list(unfit)})"
                 )
-            self.sites = self.sites.without(refused)
-            _check_any(self.sites)
+            self.sites = self.sites.without(unfit)
+            check_any(self.sites)
         self.where.check(self.sites)
         self.also = copies_of(also)
-        self._check_followers()
+        check_followers(model, self.sites, self.how, self.optimizers, self.also)
         self.accumulation = whole("Grower", "accumulation", accumulation)
         self.batches = whole("Grower", "batches", batches)
         self.every = whole("Grower", "every", every)
@@ -171,46 +166,11 @@ class Grower:
                 make_room(model, widths, sites=self.sites, how=self.how, optimizer=self.optimizers, also=self.also)
         self._arm_ahead()
 
-    def _refused(self) -> dict[str, str]:
-        """Sites that the policy may ask for and the method cannot grow: told now, not once a growth is due."""
-        refused: dict[str, str] = {}
-        widths = self.sites.widths(self.model)
-        mapped = (self.how.needs_directions and self.how.reads_growth) or self.where.reads & {"directions", "natural"}
-        for name, units in self._wishes().items():
-            try:
-                check_units(self.sites, widths, name, units, self.how)
-                check_untied(self.sites[name])
-                if mapped:
-                    check_mapped(self.sites[name])
-            except GrowthError as error:
-                refused[name] = str(error)
-        return refused
-
-    def _check_followers(self) -> None:
-        """Raises `GrowthError` for optimizers and copies that could not follow: now, not once a growth is due."""
-        tensors = tensors_of(self.model)
-        grown = {slot.tensor: tensors[slot.tensor] for site in self.sites for slot in site.slots}
-        self.how.check_optimizers(self.optimizers)
-        check_followed(self.optimizers, {id(tensor): name for name, tensor in grown.items()})
-        check_copies(self.also, grown)
-
     def _offered(self) -> Sites:
-        """The sites, with the multiples and the bounds in which the method grows them at their present widths."""
-        how, widths = self.how, self.sites.widths(self.model)
-        items = [
-            replace(site, multiple=how.multiple(site, width), at_once=how.at_once(site, width))
-            for site in self.sites
-            for width in (widths[site.name],)
-        ]
-        return replace(self.sites, items=tuple(items))
+        return offered(self.model, self.sites, self.how)
 
     def _wishes(self) -> dict[str, int]:
-        """The most units that the policy can ask of each site that may still grow."""
-        offered = self._offered()
-        widths = offered.widths(self.model)
-        most = {site.name: self.where.most(site, widths[site.name]) for site in offered}
-        wishes = {site.name: self.where.rounded(site, widths[site.name], most[site.name]) for site in offered}
-        return {name: wish for name, wish in wishes.items() if wish}
+        return wishes(self.model, self.sites, self.where, self.how)
 
     @property
     def _span(self) -> int:
@@ -550,12 +510,6 @@ class Grower:
         self._asked = int(state["asked"])
         self._seen = self._watching = None
         self.history = history
-
-
-def _check_any(sites: Sites) -> None:
-    if not sites:
-        reasons = "; ".join(f"{name}: {why}" for name, why in list(sites.frozen.items())[:5])
-        raise GrowthError(f"Grower: nothing in the model can grow ({reasons or 'it has no layers'})")
 
 
 def _places(needs: frozenset[str]) -> bool | Literal["own", "after_norm"]:
