@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -57,7 +57,7 @@ def refused(model: nn.Module, sites: Sites, where: Where, how: How) -> dict[str,
 
 
 def check_followers(
-    model: nn.Module, sites: Sites, how: How, optimizers: Sequence[Any], also: Iterable[nn.Module]
+    model: nn.Module, sites: Sites, how: How, optimizers: Sequence[Any], also: Sequence[nn.Module]
 ) -> None:
     """Raises `GrowthError` for optimizers and copies that could not follow a growth."""
     tensors = tensors_of(model)

@@ -75,8 +75,9 @@ def _parameters(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
 
 def _random_state(model: nn.Module) -> Callable[[], None]:
     """What sets the generators of the CPU and of the model's devices back to where they stand."""
-    on_gpus = (p.device.index for p in _parameters(modules_in(unwrap(model))) if p.is_cuda)
-    devices = sorted(set(on_gpus)) if torch.cuda.is_available() else []
+    devices: list[int] = []
+    if torch.cuda.is_available():
+        devices = sorted({p.device.index for p in _parameters(modules_in(unwrap(model))) if p.is_cuda})
     state, states = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
 
     def put_back() -> None:

@@ -78,12 +78,12 @@ def _called(
         return output
 
     watched = given.keys() | {name for name, _ in model.named_modules() if _is_layer(model, name)}
-    handles = [
-        *(_module(model, n).register_forward_pre_hook(lambda _, args, n=n: enters(n, args)) for n in watched),
-        *(_module(model, n).register_forward_hook(lambda _, args, out, n=n: leaves(n, out)) for n in lasts),
-    ]
     args, kwargs = as_call(example_inputs)
     with preserved(model), untouched(model), evaluation(model):
+        handles = [
+            *(_module(model, n).register_forward_pre_hook(lambda _, args, n=n: enters(n, args)) for n in watched),
+            *(_module(model, n).register_forward_hook(lambda _, args, out, n=n: leaves(n, out)) for n in lasts),
+        ]
         try:
             with torch.enable_grad():
                 model(*args, **kwargs)

@@ -158,17 +158,18 @@ class Parted(nn.Module):
         super().__init__()
         self.low, self.middle = nn.Linear(3, 6), nn.Linear(6, 4)
         self.high, self.head = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.act, self.act2 = nn.ReLU(), nn.ReLU()
         self.kept: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        self.kept = self.middle(F.relu(self.low(x)))
-        return self.head(F.relu(self.high(torch.tanh(self.kept) * float(self.kept.mean() > 9)))).squeeze()
+        self.kept = self.middle(self.act(self.low(x)))
+        return self.head(self.act2(self.high(torch.tanh(self.kept) * float(self.kept.mean() > 9)))).squeeze()
 
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_by_hand_the_end_of_a_chain_is_an_output_layer_only_where_the_model_ends(trained: bool) -> None:
     model = Parted().requires_grad_(trained)
-    sites = fg.name_sites(model, torch.randn(5, 3), [["low", "middle"], ["high", "head"]])
+    sites = fg.name_sites(model, torch.randn(5, 3), [["low", "act", "middle"], ["high", "act2", "head"]])
     assert [name for name, info in sites.layers.items() if info.is_output] == ["head"]
     assert model.kept is None
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

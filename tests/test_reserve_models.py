@@ -73,7 +73,9 @@ def test_every_site_grows_into_room_as_without(make: Callable[[], fg.how.How]) -
     model = copy.deepcopy(plain)
     sites = fg.find_sites(model, x)
     assert [site.name for site in sites] == ["stem", "wide", "squeeze.down", "up", "side"]
-    fg.reserve(model, {site.name: site.width + 6 for site in sites}, sites=sites, how=make())
+    # a ReLU called as a function is behind "side": Random's units would never move there
+    grown = [site for site in sites if make is not fg.how.Random or site.name != "side"]
+    fg.reserve(model, {site.name: site.width + 6 for site in grown}, sites=sites, how=make())
     assert_close(model(x), plain(x), torch.float64, 1000)
     pairs = [(one, torch.optim.SGD(one.parameters(), lr=0.05, momentum=0.9)) for one in (plain, model)]
     pointers = [p.data_ptr() for p in model.parameters()]
@@ -81,7 +83,7 @@ def test_every_site_grows_into_room_as_without(make: Callable[[], fg.how.How]) -
         for one, optimizer in pairs:
             torch.manual_seed(2)
             closure = lambda one=one: F.cross_entropy(one(x), y)  # noqa: E731
-            fg.grow(one, {site.name: 2 for site in sites}, make(), sites=sites, optimizer=optimizer, closure=closure)
+            fg.grow(one, {site.name: 2 for site in grown}, make(), sites=sites, optimizer=optimizer, closure=closure)
             train(one, optimizer, x, y)
     assert pointers == [p.data_ptr() for p in model.parameters()]
     ours = live_tensors(model)

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from ..errors import GrowthError
 from ..fake import for_export
 from ..layout import Concat, Layout, Leaf, Product, axes_of
-from ..sites import Followed, Site, Sites, argument_paths, follow
+from ..sites import Followed, Site, Sites, argument_paths, follow, tensors_of
 from ..sites.nodes import bind, plain_name
 from ..surroundings import callers_device
 from .reads import nodes_read
@@ -229,14 +229,16 @@ def _trace(
         other = ", ".join(sorted(tensors ^ arguments.keys()))
         raise GrowthError(f"the batches were not given the same arguments ({other})")
 
+    own = {tensor.dtype for tensor in tensors_of(model).values()}
+
     def example(place: str, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         value = arguments[place].detach()
         traced = first.inputs[place].meta.get("val") if place in first.inputs else None
-        # What autocast makes of an input is not what the model takes without it.
+        # What autocast takes of an input, a model of another type does not take without it.
         floating = isinstance(traced, Tensor) and traced.is_floating_point() and value.is_floating_point()
-        return value.to(traced.dtype) if floating else value  # type: ignore[union-attr]
+        return value.to(traced.dtype) if floating and value.dtype not in own else value  # type: ignore[union-attr]
 
     args, kwargs = pytree.tree_unflatten(map(example, places, leaves), spec)
     with contextlib.ExitStack() as stack:
