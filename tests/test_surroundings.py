@@ -141,21 +141,23 @@ def default_device() -> Iterator[Callable[[str | None], None]]:
     torch.set_default_device(None)
 
 
+METHODS = [
+    fg.how.GradMax(),
+    fg.how.TINY(),
+    fg.how.GradMaxOpt(steps=2),
+    fg.how.Random(),
+    fg.how.Firefly(steps=2),
+    fg.how.Net2Net(),
+    fg.how.VarianceTransfer(),
+    fg.how.Sparkling(),
+]
+
+
 @pytest.mark.parametrize(
-    "how",
-    [
-        fg.how.GradMax(),
-        fg.how.TINY(),
-        fg.how.GradMaxOpt(steps=2),
-        fg.how.Random(),
-        fg.how.Firefly(),
-        fg.how.Net2Net(),
-        fg.how.VarianceTransfer(),
-        fg.how.Sparkling(),
-    ],
-    ids=lambda how: how.name,
+    ("kind", "how"),
+    [*((Residual, how) for how in METHODS), (Branching, METHODS[0]), (Gated, METHODS[0])],
+    ids=lambda value: value.name if isinstance(value, fg.how.How) else value.__name__,
 )
-@pytest.mark.parametrize("kind", [Residual, Branching, Gated])
 def test_a_default_device_is_the_models_alone(
     kind: type[nn.Module], how: fg.how.How, default_device: Callable[[str | None], None]
 ) -> None:
