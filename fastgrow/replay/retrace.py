@@ -281,7 +281,7 @@ def _renamed(graph: Followed, sizes: Mapping[int, int], names: dict[int, int], f
     def number(axis: int) -> int:
         return names.get(axis, free + axis)
 
-    def renamed(layout: Any) -> Any:
+    def renamed(layout: Layout) -> Layout:
         match layout:
             case Leaf(axis):
                 return Leaf(number(axis))
@@ -289,17 +289,8 @@ def _renamed(graph: Followed, sizes: Mapping[int, int], names: dict[int, int], f
                 return Product(tuple(map(renamed, parts)))
             case Concat(parts):
                 return Concat(tuple(map(renamed, parts)))
-        return [renamed(each) for each in layout]
 
-    followed = Followed(
-        graph.trace,
-        {node: renamed(dims) for node, dims in graph.dims.items()},
-        {name: tuple(map(renamed, dims)) for name, dims in graph.tensor_dims.items()},
-        tuple(
-            call if call.part is None else replace(call, part=(renamed(call.part[0]), renamed(call.part[1])))
-            for call in graph.calls
-        ),
-    )
+    followed = graph.with_layouts(renamed)
     return _Retraced(followed, {number(axis): extent for axis, extent in sizes.items() if axis not in names})
 
 

@@ -141,6 +141,24 @@ class Followed:
         values = {path: node.meta.get("val") for path, node in self.inputs.items()}
         return {path: tuple(value.shape) for path, value in values.items() if isinstance(value, Tensor)}
 
+    def with_layouts(self, changed: Callable[[Layout], Layout]) -> Followed:
+        """The same with every layout changed."""
+
+        def each(dims: Any) -> Any:
+            return [each(dim) if isinstance(dim, list) else changed(dim) for dim in dims]
+
+        return Followed(
+            self.trace,
+            {node: each(dims) for node, dims in self.dims.items()},
+            {name: tuple(map(changed, dims)) for name, dims in self.tensor_dims.items()},
+            tuple(
+                call
+                if call.part is None
+                else dataclasses.replace(call, part=(changed(call.part[0]), changed(call.part[1])))
+                for call in self.calls
+            ),
+        )
+
     def __reduce__(self) -> tuple[Any, ...]:
         places = place_of(self.trace.nodes)
         calls = tuple(

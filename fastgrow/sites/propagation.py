@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -84,20 +84,8 @@ class Propagation:
 
     def followed(self) -> Followed:
         """The result: all layouts resolved."""
-        resolve = self.tracker.resolve
-
-        def settled(dims: Any) -> Any:
-            return [settled(dim) if isinstance(dim, list) else resolve(dim) for dim in dims]
-
-        return Followed(
-            self.trace,
-            {node: settled(dims) for node, dims in self.dims.items()},
-            {name: tuple(map(resolve, dims)) for name, dims in self.tensor_dims.items()},
-            tuple(
-                call if call.part is None else replace(call, part=(resolve(call.part[0]), resolve(call.part[1])))
-                for call in self.layers
-            ),
-        )
+        tensor_dims = {name: tuple(dims) for name, dims in self.tensor_dims.items()}
+        return Followed(self.trace, self.dims, tensor_dims, tuple(self.layers)).with_layouts(self.tracker.resolve)
 
     def of(self, value: Any) -> Dims:
         return self.dims[value] if isinstance(value, Node) else []
